@@ -1,0 +1,43 @@
+"""The one contract between data and models: what a batch is, in plain arrays.
+
+Data fills these with NumPy on the host; models read the same fields as device arrays. Neither side knows more of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# np.ndarray on the host, jax.Array on devices: this module imports neither side.
+Array = Any
+
+
+@dataclass(frozen=True)
+class VisionRows:
+    """Pictures and video frames cut into patches and packed into rows of equal length.
+
+    A frame (a picture, or one temporal patch of a video) never leaves its row. Within a row, patches lie in slots of one
+    attention window each: a full window fills a slot, partial windows share slots. The merge x merge patches that become
+    one visual token stay together and in order, so merging is a reshape.
+    """
+
+    patches: Array  # [rows, patches, channels * temporal_patch * patch * patch] float32, in that order
+    windows: Array  # [rows, patches] int32, window-attention segment, unique within its slot; 0 is padding
+    frames: Array  # [rows, patches] int32, full-attention segment, unique within its row; 0 is padding
+    places: Array  # [rows, patches, 2] int32, row and column of the patch in its frame
+    # Rows are divided evenly into groups, text rows likewise: text group g sees the visual tokens of vision group g.
+    # One group lets any text row use any vision row (an all-gather on a mesh); a group a text row needs none.
+    groups: int = field(default=1, metadata={"static": True})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens. Several examples may share a row; they never see each other."""
+
+    tokens: Array  # [rows, length] int32
+    segments: Array  # [rows, length] int32, example within the row, counted from 1; 0 is padding
+    positions: Array  # [rows, 3, length] int32, time, height and width for the rotary embedding
+    slots: Array  # [rows, length] int32, index of the visual token of the row's group that stands here; -1 is text
+    targets: Array  # [rows, length] int32, the token that follows within the example
+    weights: Array  # [rows, length] float32, weight of that target in the loss
+    vision: VisionRows | None = None

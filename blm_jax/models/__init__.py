@@ -1,0 +1,1 @@
+"""What is computed, and nothing else: no files, no data formats, no training."""

@@ -1,0 +1,99 @@
+"""The text decoder: embeddings in, hidden states or logits out; the same blocks with a cache for generation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blm_jax.config import ComputeConfig, DecoderConfig
+from blm_jax.mesh import constrain
+from blm_jax.models.attention import attend
+from blm_jax.models.layers import INIT_SCALE, Linear, RMSNorm, param, scan, stack, swiglu
+from blm_jax.models.rope import Rotary, rotate, text_rotary
+
+ACTIVATIONS = ("batch", "length", "width")
+
+
+class Embedding(nnx.Module):
+    def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs):
+        self.embedding = param(INIT_SCALE * jax.random.normal(rngs.params(), (vocab, width)), ("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class DecoderBlock(nnx.Module):
+    def __init__(self, config: DecoderConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        width, dim = config.width, config.head_dim
+        self.attention = compute.attention
+        self.attn_norm = RMSNorm(width, config.norm_eps)
+        self.q = Linear([width], [config.heads, dim], ("embed", "heads", "head_dim"), bias=True, rngs=rngs)
+        self.k = Linear([width], [config.kv_heads, dim], ("embed", "kv_heads", "head_dim"), bias=True, rngs=rngs)
+        self.v = Linear([width], [config.kv_heads, dim], ("embed", "kv_heads", "head_dim"), bias=True, rngs=rngs)
+        self.out = Linear([config.heads, dim], [width], ("heads", "head_dim", "embed"), bias=False, rngs=rngs)
+        self.ffn_norm = RMSNorm(width, config.norm_eps)
+        self.gate = Linear([width], [config.ffn], ("embed", "ffn"), bias=False, rngs=rngs)
+        self.up = Linear([width], [config.ffn], ("embed", "ffn"), bias=False, rngs=rngs)
+        self.down = Linear([config.ffn], [width], ("ffn", "embed"), bias=False, rngs=rngs)
+
+    def project(self, x: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
+        h = self.attn_norm(x)
+        return rotate(self.q(h), rotary), rotate(self.k(h), rotary), self.v(h)
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        x = x + self.out(attended)
+        x = x + swiglu(self.ffn_norm(x), self.gate, self.up, self.down)
+        return constrain(x, ACTIVATIONS)
+
+    def __call__(self, x: jax.Array, rotary: Rotary, segments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        q, k, v = self.project(x, rotary)
+        return self.finish(x, attend(q, k, v, segments, causal=True, implementation=self.attention)), (k, v)
+
+
+class Cache(NamedTuple):
+    """Keys and values of every block, [layers, rows, room, kv_heads, head_dim]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: DecoderConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.compute = compute
+        self.embed = Embedding(config.vocab, config.width, rngs=rngs)
+        self.blocks = stack(lambda rngs: DecoderBlock(config, compute, rngs=rngs), config.layers, rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tied else Linear([config.width], [config.vocab], ("embed", "vocab"), bias=False, rngs=rngs)
+
+    def hidden(self, x: jax.Array, positions: jax.Array, segments: jax.Array, blocks: int | None = None) -> jax.Array:
+        """Hidden states after `blocks` blocks (all of them by default), before the final norm. What lies above never runs."""
+        rotary = text_rotary(positions, self.config)
+
+        def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, None]:
+            return block(x, rotary, segments)[0], None
+
+        return scan(body, x, self.blocks, remat=self.compute.remat, blocks=blocks)[0]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        x = self.norm(x)
+        return self.embed.attend(x) if self.head is None else self.head(x).astype(jnp.float32)
+
+    def prefill(self, x: jax.Array, positions: jax.Array, segments: jax.Array, room: int) -> tuple[jax.Array, Cache]:
+        """-> hidden states, and a cache that has `room` places, the first of them filled."""
+        rotary = text_rotary(positions, self.config)
+        grow = ((0, 0), (0, room - x.shape[1]), (0, 0), (0, 0))
+
+        def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            x, (k, v) = block(x, rotary, segments)
+            return x, (jnp.pad(k, grow), jnp.pad(v, grow))
+
+        x, (keys, values) = scan(body, x, self.blocks)
+        return x, Cache(keys, values)
+

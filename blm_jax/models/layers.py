@@ -1,0 +1,100 @@
+"""The pieces every tower is built of, and how layers of one kind are stacked and scanned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blm_jax.config import Remat
+from blm_jax.mesh import Axes
+
+INIT_SCALE = 0.02  # the standard deviation Qwen2.5-VL's configuration names
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+Carry = TypeVar("Carry")
+
+
+def param(value: jax.Array, axes: Axes) -> nnx.Param:
+    """A parameter with logical axes. The key is ours: flax would read its own as axes of the mesh in use."""
+    return nnx.Param(value, axes=axes)
+
+
+class Linear(nnx.Module):
+    """A product over the last axes of x. Kernels keep heads apart, so that heads, not columns, are divided over a mesh."""
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], axes: Axes, *, bias: bool, rngs: nnx.Rngs):
+        shape = (*inputs, *outputs)
+        self.inputs = len(inputs)
+        self.kernel = param(INIT_SCALE * jax.random.normal(rngs.params(), shape), axes)
+        self.bias = param(jnp.zeros(outputs), axes[len(inputs) :]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        outputs = kernel.shape[self.inputs :]
+        lead = x.shape[: x.ndim - self.inputs]
+        width = math.prod(kernel.shape[: self.inputs])
+        # Batch and length are folded: one plain matrix product is the fastest form on every backend.
+        y = x.reshape(-1, width) @ kernel.reshape(width, -1).astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].reshape(-1).astype(x.dtype)
+        return y.reshape(*lead, *outputs)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = param(jnp.ones(width), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def swiglu(x: jax.Array, gate: Linear, up: Linear, down: Linear) -> jax.Array:
+    return down(jax.nn.silu(gate(x)) * up(x))
+
+
+def stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
+    """`count` layers as one module whose parameters have a leading axis "layers"."""
+    stacked = nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+    for _, variable in nnx.iter_graph(stacked):
+        if isinstance(variable, nnx.Param):
+            variable.set_metadata(axes=("layers", *variable.axes))
+    return stacked
+
+
+REMAT: dict[Remat, Callable[..., Any] | None] = {
+    "full": None,  # keep nothing but the inputs of each layer
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan(body: Callable[..., tuple[Carry, Any]], carry: Carry, stacked: nnx.Module, *, remat: Remat = "none", blocks: int | None = None) -> tuple[Carry, Any]:
+    """Run `body(carry, layer)` over the layers of a stack, or over the first `blocks` of them and no other.
+
+    Splitting once and merging inside the body costs nothing; nnx.scan by default was several times slower a step.
+    """
+    graph, state = nnx.split(stacked)
+    count = jax.tree.leaves(state)[0].shape[0]
+    keep = count if blocks is None else blocks
+
+    def step(carry: Carry, layer: Any) -> tuple[Carry, Any]:
+        return body(carry, nnx.merge(graph, layer))
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    if keep == count:
+        return jax.lax.scan(step, carry, state)
+
+    # Fewer blocks: index the stack inside the loop, since a slice of it outside would be a copy of the weights.
+    def indexed(carry: Carry, i: jax.Array) -> tuple[Carry, Any]:
+        return step(carry, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), state))
+
+    return jax.lax.scan(indexed, carry, jnp.arange(keep))

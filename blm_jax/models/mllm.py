@@ -1,0 +1,81 @@
+"""The backbone whole: pictures and tokens in; hidden states, logits or a cache out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from blm_jax.batch import Batch
+from blm_jax.config import BackboneConfig, ComputeConfig
+from blm_jax.mesh import constrain, param_sharding
+from blm_jax.models.decoder import ACTIVATIONS, Decoder
+from blm_jax.models.vision import VisionTower
+
+
+class Mllm(nnx.Module):
+    """Qwen2.5-VL."""
+
+    def __init__(self, config: BackboneConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.compute = compute
+        self.vision = VisionTower(config.vision, compute, rngs=rngs)
+        self.decoder = Decoder(config.decoder, compute, rngs=rngs)
+
+    def embed(self, batch: Batch) -> jax.Array:
+        """-> [rows, length, width]: word embeddings, visual tokens in their slots."""
+        x = self.decoder.embed(batch.tokens).astype(self.compute.dtype)
+        if batch.vision is not None:
+            x = place(x, self.vision(batch.vision), batch.slots, batch.vision.groups)
+        return constrain(x, ACTIVATIONS)
+
+    def hidden(self, batch: Batch, blocks: int | None = None) -> jax.Array:
+        """Hidden states after `blocks` blocks (all by default), before the final norm."""
+        return self.decoder.hidden(self.embed(batch), batch.positions, batch.segments, blocks)
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """-> logits [rows, length, vocab], float32."""
+        return self.decoder.logits(self.hidden(batch))
+
+
+def place(x: jax.Array, visual: jax.Array, slots: jax.Array, groups: int) -> jax.Array:
+    """Put visual tokens [vision rows, tokens, width] into their slots of x [rows, length, width], group by group."""
+    rows, length, width = x.shape
+    visual = visual.reshape(groups, -1, width)
+    slots = slots.reshape(groups, -1)
+    chosen = jnp.take_along_axis(visual, jnp.maximum(slots, 0)[..., None], axis=1)
+    return jnp.where((slots >= 0)[..., None], chosen, x.reshape(groups, -1, width)).reshape(rows, length, width)
+
+
+def abstract_params(config: BackboneConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Shapes of all parameters as a nested dict, with their shardings on a mesh; nothing is computed."""
+    model = nnx.eval_shape(lambda: Mllm(config, ComputeConfig(), rngs=nnx.Rngs(0)))
+
+    def leaf(param: nnx.Param) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else param_sharding(mesh, param.axes, param.shape)
+        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=sharding)
+
+    params = jax.tree.map(leaf, nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Param))
+    return nnx.to_pure_dict(params)
+
+
+def with_params(config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any]) -> Mllm:
+    """The model around parameters that exist already."""
+    model = nnx.eval_shape(lambda: Mllm(config, compute, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def random_params(config: BackboneConfig, dtype: Any, mesh: Mesh | None, seed: int) -> dict[str, Any]:
+    """Parameters as they are before any training, made where they live."""
+
+    def make() -> dict[str, Any]:
+        params = nnx.to_pure_dict(nnx.state(Mllm(config, ComputeConfig(), rngs=nnx.Rngs(seed)), nnx.Param))
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, dtype, mesh))
+    return jax.jit(make, out_shardings=shardings)()
