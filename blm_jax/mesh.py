@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any
@@ -116,6 +116,18 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     if _current.get() is None:
         return x
     return jax.lax.with_sharding_constraint(x, RULES.spec(axes))
+
+
+def per_device(function: Callable[..., jax.Array], inputs: Sequence[Axes], like: int) -> Callable[..., jax.Array]:
+    """Run `function` on each device's own part of its inputs; the output is divided like input number `like`.
+
+    For kernels that the compiler cannot divide by itself.
+    """
+    mesh = _current.get()
+    if mesh is None:
+        return function
+    specs = tuple(RULES.spec(axes) for axes in inputs)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[like], check_vma=False)
 
 
 def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:

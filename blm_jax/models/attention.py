@@ -4,18 +4,50 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from blm_jax.config import AttentionName
+from blm_jax.errors import RequestError
+from blm_jax.mesh import per_device, platform
 
+TILE = 128
 MASKED = -1e30  # finite, so that a row with nothing to see gives an average and not NaN
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, causal: bool, implementation: AttentionName = "auto") -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    causal: bool,
+    packed: bool = True,
+    implementation: AttentionName = "auto",
+) -> jax.Array:
     """q [rows, length, heads, dim], k and v [rows, length, kv_heads, dim], segments [rows, length] -> like q.
 
-    A token sees those of its own segment; of these, none that follow it where `causal`.
+    A token sees those of its own segment; of these, none that follow it where `causal`. Not `packed` promises that each row
+    is one segment and then padding, which saves some kernels a mask. What padding gets is of no meaning.
     """
+    match choose(implementation, q.shape[1], q.shape[3], q.dtype):
+        case "splash":
+            return _splash(q, k, v, segments, causal=causal)
+        case "cudnn":
+            return _cudnn(q, k, v, segments, causal=causal, packed=packed)
     return _xla(q, k, v, segments, causal=causal)
+
+
+def choose(wanted: AttentionName, length: int, dim: int, dtype: jnp.dtype) -> AttentionName:
+    """The kernel of the platform the program is for. A window fits one tile: there a kernel gains nothing on a plain product."""
+    if length <= TILE or wanted == "xla":
+        return "xla"
+    if wanted == "auto":
+        fits = {"tpu": "splash", "gpu": "cudnn" if dtype == jnp.bfloat16 and dim % 8 == 0 and dim <= 128 else "xla"}
+        return fits.get(platform(), "xla")
+    if wanted == "cudnn" and (dtype != jnp.bfloat16 or dim % 8 or dim > 128):
+        raise RequestError(f"compute.attention=cudnn needs bfloat16 and heads of at most 128 in eights, not {dtype} and {dim}: take xla")
+    return wanted
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, causal: bool) -> jax.Array:
@@ -43,3 +75,49 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, causa
         attended = jnp.einsum("bhqs,bhsd->bhqd", weights.reshape(rows, kv_heads, -1, end), v[:, :, :end])
         outputs.append(attended.reshape(part.shape))
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, causal: bool) -> jax.Array:
+    """The TPU kernel, each device on its own rows and heads. Lengths and head sizes are padded to tiles of 128."""
+    length, dim = q.shape[1], q.shape[3]
+    spare = ((0, 0), (0, -length % TILE), (0, 0), (0, -dim % TILE))
+    q, k, v = (jnp.pad(x, spare).swapaxes(1, 2) for x in (q * dim**-0.5, k, v))  # [rows, heads, length, dim]
+    segments = jnp.pad(segments, spare[:2])
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        shape = (q.shape[2], k.shape[2])
+        mask = splash_mask.CausalMask(shape) if causal else splash_mask.FullMask(shape)
+        block = next(size for size in (512, 384, 256, 128) if q.shape[2] % size == 0)
+        sizes = splash.BlockSizes(
+            **dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block),
+            block_q_dq=block,
+            block_kv_dq=block,
+        )
+        kernel = splash.make_splash_mha(
+            splash_mask.MultiHeadMask([mask] * q.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=platform() == "cpu"
+        )
+        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(q, k, v, segments)
+
+    out = per_device(local, [("batch", "heads", "length", "head_dim"), *[("batch", "kv_heads", "length", "head_dim")] * 2, ("batch", "length")], 0)(
+        q, k, v, segments
+    )
+    return out.swapaxes(1, 2)[:, :length, :, :dim]
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, causal: bool, packed: bool) -> jax.Array:
+    if packed:
+        seen = (segments[:, :, None] == segments[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=causal, implementation="cudnn")
+    lengths = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def attend_cached(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """One query a row against a cache: q [rows, 1, heads, dim], keys and values [rows, kv_heads, room, dim], seen [rows, room]."""
+    rows, _, heads, dim = q.shape
+    q = q.reshape(rows, keys.shape[1], -1, dim) * dim**-0.5
+    scores = jnp.einsum("bhgd,bhsd->bhgs", q, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1).astype(values.dtype)
+    return jnp.einsum("bhgs,bhsd->bhgd", weights, values).reshape(rows, 1, heads, dim)

@@ -10,11 +10,12 @@ from flax import nnx
 
 from blm_jax.config import ComputeConfig, DecoderConfig
 from blm_jax.mesh import constrain
-from blm_jax.models.attention import attend
-from blm_jax.models.layers import INIT_SCALE, Linear, RMSNorm, param, scan, stack, swiglu
+from blm_jax.models.attention import attend, attend_cached
+from blm_jax.models.layers import INIT_SCALE, Linear, RMSNorm, param, scan, stack, swiglu, unstack
 from blm_jax.models.rope import Rotary, rotate, text_rotary
 
 ACTIVATIONS = ("batch", "length", "width")
+CACHE = ("batch", "kv_heads", "length", "head_dim")
 
 
 class Embedding(nnx.Module):
@@ -51,16 +52,20 @@ class DecoderBlock(nnx.Module):
         x = x + swiglu(self.ffn_norm(x), self.gate, self.up, self.down)
         return constrain(x, ACTIVATIONS)
 
-    def __call__(self, x: jax.Array, rotary: Rotary, segments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: jax.Array, rotary: Rotary, segments: jax.Array, *, packed: bool = True) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         q, k, v = self.project(x, rotary)
-        return self.finish(x, attend(q, k, v, segments, causal=True, implementation=self.attention)), (k, v)
+        attended = attend(q, k, v, segments, causal=True, packed=packed, implementation=self.attention)
+        return self.finish(x, attended), (k, v)
 
 
-class Cache(NamedTuple):
-    """Keys and values of every block, [layers, rows, room, kv_heads, head_dim]."""
+class KeyValue(NamedTuple):
+    """What one block remembers, [rows, kv_heads, room, head_dim] each."""
 
     keys: jax.Array
     values: jax.Array
+
+
+Cache = tuple[KeyValue, ...]
 
 
 class Decoder(nnx.Module):
@@ -86,14 +91,26 @@ class Decoder(nnx.Module):
         return self.embed.attend(x) if self.head is None else self.head(x).astype(jnp.float32)
 
     def prefill(self, x: jax.Array, positions: jax.Array, segments: jax.Array, room: int) -> tuple[jax.Array, Cache]:
-        """-> hidden states, and a cache that has `room` places, the first of them filled."""
+        """-> hidden states, and a cache with `room` places of which the prompt fills the first."""
         rotary = text_rotary(positions, self.config)
-        grow = ((0, 0), (0, room - x.shape[1]), (0, 0), (0, 0))
+        cache = []
+        for block in unstack(self.blocks):
+            x, (k, v) = block(x, rotary, segments, packed=False)
+            grow = ((0, 0), (0, 0), (0, room - k.shape[1]), (0, 0))
+            cache.append(KeyValue(*(constrain(jnp.pad(z.swapaxes(1, 2), grow), CACHE) for z in (k, v))))
+        return x, tuple(cache)
 
-        def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            x, (k, v) = block(x, rotary, segments)
-            return x, (jnp.pad(k, grow), jnp.pad(v, grow))
+    def decode(self, x: jax.Array, positions: jax.Array, cache: Cache, at: jax.Array, seen: jax.Array) -> tuple[jax.Array, Cache]:
+        """One token a row, written at place `at`. x [rows, 1, width], positions [rows, 3, 1], seen [rows, room] holds `at` too.
 
-        x, (keys, values) = scan(body, x, self.blocks)
-        return x, Cache(keys, values)
-
+        A loop over layers and not a scan: a scan would copy each layer's weights out of the stack before using them once.
+        """
+        rotary = text_rotary(positions, self.config)
+        grown = []
+        for block, (keys, values) in zip(unstack(self.blocks), cache, strict=True):
+            q, k, v = block.project(x, rotary)
+            keys = constrain(jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), at, axis=2), CACHE)
+            values = constrain(jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), at, axis=2), CACHE)
+            x = block.finish(x, attend_cached(q, keys, values, seen))
+            grown.append(KeyValue(keys, values))
+        return x, tuple(grown)

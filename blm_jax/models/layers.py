@@ -69,6 +69,15 @@ def stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Laye
     return stacked
 
 
+def unstack(layers: Layer | Sequence[Layer]) -> list[Layer]:
+    """The layers of a stack one by one; a list of layers is one already."""
+    if not isinstance(layers, nnx.Module) or isinstance(layers, nnx.List):
+        return list(layers)
+    graph, state = nnx.split(layers)
+    count = jax.tree.leaves(state)[0].shape[0]
+    return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(count)]
+
+
 REMAT: dict[Remat, Callable[..., Any] | None] = {
     "full": None,  # keep nothing but the inputs of each layer
     "dots": jax.checkpoint_policies.dots_saveable,

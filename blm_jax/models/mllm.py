@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.mesh import constrain, param_sharding
-from blm_jax.models.decoder import ACTIVATIONS, Decoder
+from blm_jax.models.decoder import ACTIVATIONS, Cache, Decoder
+from blm_jax.models.layers import unstack
 from blm_jax.models.vision import VisionTower
 
 
@@ -41,6 +42,18 @@ class Mllm(nnx.Module):
         return self.decoder.logits(self.hidden(batch))
 
 
+    def prefill(self, batch: Batch, last: jax.Array, room: int) -> tuple[jax.Array, Cache]:
+        """-> logits [rows, vocab] at place `last` of each row, and the cache."""
+        x, cache = self.decoder.prefill(self.embed(batch), batch.positions, batch.segments, room)
+        return self.decoder.logits(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0], cache
+
+    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Cache, at: jax.Array, seen: jax.Array) -> tuple[jax.Array, Cache]:
+        """One token a row: tokens and positions [rows] -> logits [rows, vocab]."""
+        x = self.decoder.embed(tokens[:, None]).astype(self.compute.dtype)
+        x, cache = self.decoder.decode(x, jnp.broadcast_to(positions[:, None, None], (len(tokens), 3, 1)), cache, at, seen)
+        return self.decoder.logits(x)[:, 0], cache
+
+
 def place(x: jax.Array, visual: jax.Array, slots: jax.Array, groups: int) -> jax.Array:
     """Put visual tokens [vision rows, tokens, width] into their slots of x [rows, length, width], group by group."""
     rows, length, width = x.shape
@@ -62,10 +75,16 @@ def abstract_params(config: BackboneConfig, dtype: Any = jnp.float32, mesh: Mesh
     return nnx.to_pure_dict(params)
 
 
-def with_params(config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any]) -> Mllm:
-    """The model around parameters that exist already."""
-    model = nnx.eval_shape(lambda: Mllm(config, compute, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
+def with_params(config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any], *, apart: bool = False) -> Mllm:
+    """The model around parameters that exist already; `apart` where the decoder's layers are not stacked but numbered."""
+
+    def make() -> Mllm:
+        model = Mllm(config, compute, rngs=nnx.Rngs(0))
+        if apart:
+            model.decoder.blocks = nnx.List(unstack(model.decoder.blocks))
+        return model
+
+    graph, state = nnx.split(nnx.eval_shape(make))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
 

@@ -1,0 +1,161 @@
+"""An experiment as one tree of frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from blm_jax.errors import RequestError
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise RequestError(message)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower of Qwen2.5-VL."""
+
+    layers: int
+    width: int
+    heads: int
+    ffn: int
+    out_width: int  # width of a visual token: the decoder's
+    full_attention_layers: tuple[int, ...]  # all others attend within windows
+    channels: int = 3
+    patch: int = 14  # pixels
+    temporal_patch: int = 2  # frames
+    merge: int = 2  # merge x merge patches become one visual token
+    window: int = 112  # pixels
+    tokens_per_second: int = 2  # how far apart in position the seconds of a video lie
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def patch_values(self) -> int:
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def window_patches(self) -> int:
+        """Patches in a full window: the length of a slot."""
+        return (self.window // self.patch // self.merge * self.merge) ** 2
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The text decoder of Qwen2.5-VL."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    tied: bool  # the head is the embedding
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies that follow time, height, width
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    max_positions: int = 128_000
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """Ids the model gives a meaning of its own. None of them is a constant of the code."""
+
+    image: int = 151655
+    video: int = 151656
+    vision_start: int = 151652
+    vision_end: int = 151653
+    pad: int = 151643
+
+
+# How text goes on after a video: `blm` keeps fractions of a second and never overlaps; the others are what releases of
+# transformers do (4.57 cuts seconds to whole numbers; 5.23 lets the next text overlap the video's time axis).
+VideoPositions = Literal["blm", "transformers-4.57", "transformers-5.23"]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Qwen2.5-VL: what its weights fix."""
+
+    vision: VisionConfig
+    decoder: DecoderConfig
+    tokens: TokenConfig = TokenConfig()
+    video_positions: VideoPositions = "blm"
+
+    def __post_init__(self) -> None:
+        text, vision = self.decoder, self.vision
+        _check(text.width % (2 * text.heads) == 0, f"decoder.width {text.width} is not {text.heads} heads of an even size")
+        _check(text.heads % text.kv_heads == 0, f"decoder.kv_heads {text.kv_heads} does not divide the {text.heads} heads")
+        halves = f"decoder.mrope_section {list(text.mrope_section)} must sum to half of the head size {text.head_dim}"
+        _check(2 * sum(text.mrope_section) == text.head_dim, halves)
+        _check(vision.width % (4 * vision.heads) == 0, f"vision.width {vision.width} is not {vision.heads} heads of a size that 4 divides")
+        _check(vision.out_width == text.width, f"vision.out_width {vision.out_width} is not decoder.width {text.width}")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
+AttentionName = Literal["auto", "xla", "splash", "cudnn"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the model is computed: numbers and memory, never what it means."""
+
+    dtype: Dtype = "float32"  # of activations and matrix products
+    remat: Remat = "none"
+    attention: AttentionName = "auto"
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
+    compiler_options: dict[str, str] = field(default_factory=dict)  # XLA's own names and values
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How an answer is drawn from the model's probabilities, and when it ends."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_k: int | None = None  # draw among the k likeliest
+    top_p: float = 1.0  # draw among the likeliest that hold this much of the probability
+    repetition_penalty: float | None = None  # on tokens that stand in prompt or answer; None: as the model's files say
+    seed: int = 0
+    stop: tuple[int, ...] = ()  # ids that end an answer besides the model's own
+
+    def __post_init__(self) -> None:
+        _check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        _check(self.temperature >= 0, f"temperature is {self.temperature}: it must be 0 (greedy) or more")
+        _check(self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}: it must be at least 1, or null for all tokens")
+        _check(0 < self.top_p <= 1, f"top_p is {self.top_p}: it must lie above 0 and not above 1")
+        penalty = self.repetition_penalty
+        _check(penalty is None or penalty > 0, f"repetition_penalty is {penalty}: it must be above 0, or null for the model's own")
+        _check(0 <= self.seed < 2**32, f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The root: what a YAML file in configs/ describes."""
+
+    model: BackboneConfig
+    hardware: HardwareConfig = HardwareConfig()
+    sampling: SamplingConfig = SamplingConfig()

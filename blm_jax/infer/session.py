@@ -1,0 +1,136 @@
+"""A MODEL in memory, ready to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from blm_jax import mesh as meshes
+from blm_jax.config import BackboneConfig, ComputeConfig, SamplingConfig
+from blm_jax.data.chat import Tokenizer, load_tokenizer
+from blm_jax.data.files import read_json
+from blm_jax.data.pixels import read_pixel_config
+from blm_jax.data.prompt import Example, PromptEngine
+from blm_jax.infer.generate import Generator
+from blm_jax.models.mllm import Mllm, abstract_params, with_params
+from blm_jax.weights.load import assets_dir, load_params, read_config
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    tokens: tuple[int, ...]
+    finish: str  # "stop": the model ended it; "length": max_new_tokens did
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What the model's generation_config.json says of answers: the ids that end them, and the penalty on repetition."""
+
+    stop: tuple[int, ...]
+    repetition_penalty: float
+
+    @classmethod
+    def read(cls, assets: epath.Path, tokenizer: Tokenizer) -> Habits:
+        path = assets / "generation_config.json"
+        settings = read_json(path) if path.exists() else {}
+        stop = settings.get("eos_token_id", tokenizer.eos)
+        ids = () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
+        return cls(ids, float(settings.get("repetition_penalty", 1.0)))
+
+
+class Model:
+    """What `blm_jax.load` gives. Messages are OpenAI's or transformers': role and content, pictures and videos by path."""
+
+    def __init__(self, mllm: Mllm, engine: PromptEngine, tokenizer: Tokenizer, habits: Habits, mesh: Mesh | None):
+        self.config: BackboneConfig = mllm.config
+        self.mesh = mesh
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.habits = habits
+        self._generator = Generator(mllm, mesh, mllm.config.tokens.pad)
+
+    def generate(self, messages: Sequence[Message], sampling: SamplingConfig | None = None) -> Answer:
+        return self.generate_batch([messages], sampling)[0]
+
+    def generate_batch(self, conversations: Sequence[Sequence[Message]], sampling: SamplingConfig | None = None) -> list[Answer]:
+        """Answers to conversations of any lengths, decoded side by side."""
+        sampling = self._complete(sampling)
+        stops = {*self.habits.stop, *sampling.stop}
+        examples = [self._encode(messages) for messages in conversations]
+        parts = list(self._generator.stream(examples, sampling, stops))
+        rows = np.concatenate(parts, axis=1).tolist()
+        return [self._answer(example, row, stops) for example, row in zip(examples, rows, strict=True)]
+
+    def stream(self, messages: Sequence[Message], sampling: SamplingConfig | None = None, every: int = 4) -> Iterator[Answer]:
+        """The answer in pieces of `every` tokens: each an Answer of what is new; texts and tokens add up to what `generate` gives."""
+        sampling = self._complete(sampling)
+        stops = {*self.habits.stop, *sampling.stop}
+        example = self._encode(messages)
+        text = self.tokenizer.stream()
+        for tokens in self._generator.stream([example], sampling, stops, every):
+            row, ended = _until(tokens[0].tolist(), stops)
+            piece = "".join(text.push(token) for token in (row[:-1] if ended else row))
+            yield Answer(piece, tuple(row), "stop" if ended else "length", len(example.tokens))
+        if rest := text.finish():
+            yield Answer(rest, (), "stop" if ended else "length", len(example.tokens))
+
+    def _complete(self, sampling: SamplingConfig | None) -> SamplingConfig:
+        sampling = sampling or SamplingConfig()
+        if sampling.repetition_penalty is None:
+            return replace(sampling, repetition_penalty=self.habits.repetition_penalty)
+        return sampling
+
+    def _encode(self, messages: Sequence[Message]) -> Example:
+        return self.engine.encode(messages, add_generation_prompt=True)
+
+    def _answer(self, example: Example, tokens: list[int], stops: set[int]) -> Answer:
+        kept, ended = _until(tokens, stops)
+        text = self.tokenizer.decode(kept[:-1] if ended else kept)
+        return Answer(text, tuple(kept), "stop" if ended else "length", len(example.tokens))
+
+
+def _until(tokens: list[int], stops: set[int]) -> tuple[list[int], bool]:
+    """Tokens up to the first that ends an answer, itself included, and whether there was one."""
+    for i, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: i + 1], True
+    return tokens, False
+
+
+def load(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None) -> Model:
+    """Open a MODEL, of the Hub's layout or a checkpoint, and put it on a mesh; by default on the first device."""
+    compute = compute or ComputeConfig()
+    config = read_config(path)
+    if mesh is not None:
+        meshes.check(config, mesh)
+    assets = assets_dir(path)
+    tokenizer = load_tokenizer(assets)
+    engine = PromptEngine(config, tokenizer, read_pixel_config(assets))
+    params = load_params(path, abstract_params(config, compute.dtype, mesh))
+    return Model(for_serving(config, compute, params), engine, tokenizer, Habits.read(assets, tokenizer), mesh)
+
+
+def for_serving(config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any]) -> Mllm:
+    """The model with the decoder's layers apart, which decoding reads without copying. `params` is used up.
+
+    One stacked parameter is taken apart at a time, so memory never holds two copies of the weights.
+    """
+    apart = jax.jit(lambda stacked: [stacked[i] for i in range(len(stacked))])
+    blocks: list[dict[str, Any]] = [{} for _ in range(config.decoder.layers)]
+    for name, leaves in params["decoder"].pop("blocks").items():
+        for leaf, stacked in leaves.items():
+            for block, one in zip(blocks, apart(stacked), strict=True):
+                block.setdefault(name, {})[leaf] = one
+            stacked.delete()
+    params["decoder"]["blocks"] = dict(enumerate(blocks))
+    return with_params(config, compute, params, apart=True)
