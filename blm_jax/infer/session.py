@@ -19,7 +19,8 @@ from blm_jax.data.pixels import read_pixel_config
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.infer.generate import Generator
 from blm_jax.models.mllm import Mllm, abstract_params, with_params
-from blm_jax.weights.load import assets_dir, load_params, read_config
+from blm_jax.weights.load import load_params
+from blm_jax.weights.source import assets_dir, read_config
 
 Message = dict[str, Any]
 
