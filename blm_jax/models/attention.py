@@ -82,7 +82,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, ca
     length, dim = q.shape[1], q.shape[3]
     spare = ((0, 0), (0, -length % TILE), (0, 0), (0, -dim % TILE))
     q, k, v = (jnp.pad(x, spare).swapaxes(1, 2) for x in (q * dim**-0.5, k, v))  # [rows, heads, length, dim]
-    segments = jnp.pad(segments, spare[:2])
+    segments = jnp.pad(segments, spare[:2], constant_values=-1)  # a segment of its own: seen by nothing real
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         shape = (q.shape[2], k.shape[2])

@@ -1,0 +1,22 @@
+"""Counting in compiled programs."""
+
+from __future__ import annotations
+
+import math
+import re
+
+_DEFINITION = re.compile(r"(%[\w.-]+) = \w+\[([\d,]*)\]")
+_DOT = re.compile(r"%[\w.-]+ = \w+\[([\d,]*)\]\S* dot\((?:\w+\[[\d,]*\]\S* )?(%[\w.-]+), .*?lhs_contracting_dims=\{([\d,]*)\}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def dot_flops(program: str) -> int:
+    """Operations of all matrix products in the text of a compiled program, for one device; a loop's body counts once."""
+    shapes = {name: _numbers(shape) for name, shape in _DEFINITION.findall(program)}
+    total = 0
+    for shape, left, contracted in _DOT.findall(program):
+        total += 2 * math.prod(_numbers(shape)) * math.prod(shapes[left][axis] for axis in _numbers(contracted))
+    return total
