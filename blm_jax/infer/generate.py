@@ -77,7 +77,7 @@ def _prefill(
         keys=jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows)),
         seen=seen,
     )
-    return _append(state, logits, stops, numbers, method)
+    return _whole(_append(state, logits, stops, numbers, method))
 
 
 def _append(state: State, logits: jax.Array, stops: Stops, numbers: Numbers, method: Method) -> State:
@@ -111,7 +111,14 @@ def _extend(model: Mllm, state: State, until: jax.Array, stops: Stops, numbers: 
         logits, cache = model.decode(last, state.positions, state.cache, at, seen)
         return _append(state._replace(cache=cache), logits, stops, numbers, method)
 
-    return jax.lax.while_loop(going, step, state)
+    return _whole(jax.lax.while_loop(going, step, state))
+
+
+def _whole(state: State) -> State:
+    """Each process looks at the tokens, and one program's state is the next one's: small arrays lie whole on every device."""
+    cache, small = state.cache, state._replace(cache=())
+    small = jax.tree.map(lambda x: meshes.constrain(x, (None,) * x.ndim), small)
+    return small._replace(cache=cache)
 
 
 class Generator:
@@ -136,7 +143,7 @@ class Generator:
                 if count > told:
                     yield np.asarray(state.tokens)[: len(examples), told:count]
                     told = count
-                if count >= sampling.max_new_tokens or bool(state.done.all()):
+                if count >= sampling.max_new_tokens or np.asarray(state.done).all():
                     return
                 until = sampling.max_new_tokens if every is None else min(count + every, sampling.max_new_tokens)
                 state = _extend(self.model, state, np.int32(until), stops, numbers, method=method)
