@@ -81,7 +81,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[free[0]] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         shape = "x".join(str(size) for size in sizes)
-        raise RequestError(f"mesh {shape} (data x fsdp x tensor) does not fit {len(devices)} devices: set mesh.* so that the product is {len(devices)}")
+        raise RequestError(
+            f"mesh {shape} (data x fsdp x tensor) does not fit {len(devices)} devices: set mesh.* so that the product is {len(devices)}"
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -169,4 +171,6 @@ def check(config: BackboneConfig, mesh: Mesh) -> None:
     if wrong:
         most = int(np.gcd.reduce(list(divided.values())))
         fits = [str(n) for n in range(1, most + 1) if most % n == 0]
-        raise RequestError(f"mesh.tensor={tensor} does not divide {', '.join(wrong)}: take {' or '.join(fits)} and put the other devices on fsdp or data")
+        raise RequestError(
+            f"mesh.tensor={tensor} does not divide {', '.join(wrong)}: take {' or '.join(fits)} and put the other devices on fsdp or data"
+        )

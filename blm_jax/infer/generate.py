@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -129,7 +129,9 @@ class Generator:
         self.mesh = mesh
         self.pad = pad
 
-    def stream(self, examples: Sequence[Example], sampling: SamplingConfig, stop: Sequence[int], every: int | None = None) -> Iterator[np.ndarray]:
+    def stream(
+        self, examples: Sequence[Example], sampling: SamplingConfig, stop: Iterable[int], every: int | None = None
+    ) -> Iterator[np.ndarray]:
         """Yields tokens [rows, n] chosen since the last look, pad after an answer's end; `every` tokens, or all at once."""
         new = bucket(sampling.max_new_tokens, 32)
         batch, lengths, positions = self._inputs(examples)

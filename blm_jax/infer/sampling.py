@@ -30,8 +30,9 @@ class Numbers(NamedTuple):
 def method_of(config: SamplingConfig, vocab: int) -> tuple[Method, Numbers]:
     greedy = config.temperature == 0
     top_k = None if greedy or config.top_k is None or config.top_k >= vocab else config.top_k
-    method = Method(greedy, top_k, not greedy and config.top_p < 1, config.repetition_penalty != 1)
-    return method, Numbers(config.temperature, config.top_p, config.repetition_penalty)
+    penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
+    method = Method(greedy, top_k, not greedy and config.top_p < 1, penalty != 1)
+    return method, Numbers(config.temperature, config.top_p, penalty)
 
 
 def choose(logits: jax.Array, keys: jax.Array, seen: jax.Array | None, method: Method, numbers: Numbers) -> jax.Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -42,10 +45,12 @@ def choose(wanted: AttentionName, length: int, dim: int, dtype: jnp.dtype) -> At
     """The kernel of the platform the program is for. A window fits one tile: there a kernel gains nothing on a plain product."""
     if length <= TILE or wanted == "xla":
         return "xla"
+    fits_cudnn = dtype == jnp.bfloat16 and dim % 8 == 0 and dim <= 128
     if wanted == "auto":
-        fits = {"tpu": "splash", "gpu": "cudnn" if dtype == jnp.bfloat16 and dim % 8 == 0 and dim <= 128 else "xla"}
-        return fits.get(platform(), "xla")
-    if wanted == "cudnn" and (dtype != jnp.bfloat16 or dim % 8 or dim > 128):
+        if platform() == "tpu":
+            return "splash"
+        return "cudnn" if platform() == "gpu" and fits_cudnn else "xla"
+    if wanted == "cudnn" and not fits_cudnn:
         raise RequestError(f"compute.attention=cudnn needs bfloat16 and heads of at most 128 in eights, not {dtype} and {dim}: take xla")
     return wanted
 
@@ -88,19 +93,15 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, ca
         shape = (q.shape[2], k.shape[2])
         mask = splash_mask.CausalMask(shape) if causal else splash_mask.FullMask(shape)
         block = next(size for size in (512, 384, 256, 128) if q.shape[2] % size == 0)
-        sizes = splash.BlockSizes(
-            **dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block),
-            block_q_dq=block,
-            block_kv_dq=block,
-        )
-        kernel = splash.make_splash_mha(
-            splash_mask.MultiHeadMask([mask] * q.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=platform() == "cpu"
+        blocks: dict[str, Any] = {field.name: block for field in fields(splash.BlockSizes) if field.name.startswith("block")}
+        heads = splash_mask.MultiHeadMask([mask] * q.shape[1])
+        kernel: Any = splash.make_splash_mha(
+            heads, block_sizes=splash.BlockSizes(**blocks), head_shards=1, q_seq_shards=1, interpret=platform() == "cpu"
         )
         return jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(q, k, v, segments)
 
-    out = per_device(local, [("batch", "heads", "length", "head_dim"), *[("batch", "kv_heads", "length", "head_dim")] * 2, ("batch", "length")], 0)(
-        q, k, v, segments
-    )
+    queries, keys = ("batch", "heads", "length", "head_dim"), ("batch", "kv_heads", "length", "head_dim")
+    out = per_device(local, [queries, keys, keys, ("batch", "length")], like=0)(q, k, v, segments)
     return out.swapaxes(1, 2)[:, :length, :, :dim]
 
 

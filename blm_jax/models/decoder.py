@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from blm_jax.config import ComputeConfig, DecoderConfig
+from blm_jax.config import AttentionName, ComputeConfig, DecoderConfig
 from blm_jax.mesh import constrain
 from blm_jax.models.attention import attend, attend_cached
 from blm_jax.models.layers import INIT_SCALE, Linear, RMSNorm, param, scan, stack, swiglu, unstack
@@ -32,7 +32,7 @@ class Embedding(nnx.Module):
 class DecoderBlock(nnx.Module):
     def __init__(self, config: DecoderConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         width, dim = config.width, config.head_dim
-        self.attention = compute.attention
+        self.attention: AttentionName = compute.attention
         self.attn_norm = RMSNorm(width, config.norm_eps)
         self.q = Linear([width], [config.heads, dim], ("embed", "heads", "head_dim"), bias=True, rngs=rngs)
         self.k = Linear([width], [config.kv_heads, dim], ("embed", "kv_heads", "head_dim"), bias=True, rngs=rngs)
@@ -52,7 +52,9 @@ class DecoderBlock(nnx.Module):
         x = x + swiglu(self.ffn_norm(x), self.gate, self.up, self.down)
         return constrain(x, ACTIVATIONS)
 
-    def __call__(self, x: jax.Array, rotary: Rotary, segments: jax.Array, *, packed: bool = True) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, segments: jax.Array, *, packed: bool = True
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         q, k, v = self.project(x, rotary)
         attended = attend(q, k, v, segments, causal=True, packed=packed, implementation=self.attention)
         return self.finish(x, attended), (k, v)
@@ -73,7 +75,9 @@ class Decoder(nnx.Module):
         self.config = config
         self.compute = compute
         self.embed = Embedding(config.vocab, config.width, rngs=rngs)
-        self.blocks = stack(lambda rngs: DecoderBlock(config, compute, rngs=rngs), config.layers, rngs)
+        self.blocks: DecoderBlock | nnx.List[DecoderBlock] = stack(
+            lambda rngs: DecoderBlock(config, compute, rngs=rngs), config.layers, rngs
+        )
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else Linear([config.width], [config.vocab], ("embed", "vocab"), bias=False, rngs=rngs)
 

@@ -84,7 +84,9 @@ REMAT: dict[Remat, Callable[..., Any] | None] = {
 }
 
 
-def scan(body: Callable[..., tuple[Carry, Any]], carry: Carry, stacked: nnx.Module, *, remat: Remat = "none", blocks: int | None = None) -> tuple[Carry, Any]:
+def scan(
+    body: Callable[..., tuple[Carry, Any]], carry: Carry, stacked: nnx.Module, *, remat: Remat = "none", blocks: int | None = None
+) -> tuple[Carry, Any]:
     """Run `body(carry, layer)` over the layers of a stack, or over the first `blocks` of them and no other.
 
     Splitting once and merging inside the body costs nothing; nnx.scan by default was several times slower a step.

@@ -41,7 +41,6 @@ class Mllm(nnx.Module):
         """-> logits [rows, length, vocab], float32."""
         return self.decoder.logits(self.hidden(batch))
 
-
     def prefill(self, batch: Batch, last: jax.Array, room: int) -> tuple[jax.Array, Cache]:
         """-> logits [rows, vocab] at place `last` of each row, and the cache."""
         x, cache = self.decoder.prefill(self.embed(batch), batch.positions, batch.segments, room)

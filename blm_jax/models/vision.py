@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blm_jax.batch import VisionRows
-from blm_jax.config import ComputeConfig, VisionConfig
+from blm_jax.config import AttentionName, ComputeConfig, VisionConfig
 from blm_jax.mesh import constrain
 from blm_jax.models.attention import attend
 from blm_jax.models.layers import Linear, RMSNorm, scan, stack, swiglu
@@ -22,7 +22,7 @@ class VisionBlock(nnx.Module):
     def __init__(self, config: VisionConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         width, heads, dim = config.width, config.heads, config.head_dim
         self.window_patches = config.window_patches
-        self.attention = compute.attention
+        self.attention: AttentionName = compute.attention
         self.attn_norm = RMSNorm(width, NORM_EPS)
         self.qkv = Linear([width], [3, heads, dim], ("embed", None, "heads", "head_dim"), bias=True, rngs=rngs)
         self.out = Linear([heads, dim], [width], ("heads", "head_dim", "embed"), bias=True, rngs=rngs)

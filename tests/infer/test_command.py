@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.models.oracle import CASES, torch_model
-from tests.qwen_files import write_tokenizer_files
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -25,6 +23,8 @@ import blm_jax
 from blm_jax.cli import main
 from blm_jax.config import SamplingConfig, TokenConfig
 from blm_jax.convert.command import convert
+from tests.models.oracle import CASES, torch_model
+from tests.qwen_files import write_tokenizer_files
 
 NEW = 12
 IM_END = 151645
@@ -55,7 +55,7 @@ def reference(hub: Path, text: str, picture: Path | None) -> tuple[list[int], st
     """What transformers answers, by its own tokenizer, template and image processor."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hub).eval()
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(hub).eval()
     tokenizer = AutoTokenizer.from_pretrained(hub)
     content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     inputs: dict[str, Any] = {}
@@ -68,7 +68,12 @@ def reference(hub: Path, text: str, picture: Path | None) -> tuple[list[int], st
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(inputs["image_grid_thw"].prod() // 4))
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     tokens = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == 151655).int(), max_new_tokens=NEW, do_sample=False, **inputs
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == 151655).int(),
+        max_new_tokens=NEW,
+        do_sample=False,
+        **inputs,
     )[0, ids.shape[1] :].tolist()
     return tokens, tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -114,7 +119,12 @@ def test_in_python(hub: Path, picture: Path) -> None:
     sampling = SamplingConfig(max_new_tokens=NEW)
     conversations = [
         [{"role": "user", "content": QUESTION}],
-        [{"role": "user", "content": [{"type": "image", "image": str(picture)}, {"type": "text", "text": "Describe this at length, please."}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": str(picture)}, {"type": "text", "text": "Describe this at length, please."}],
+            }
+        ],
     ]
     alone = [model.generate(messages, sampling) for messages in conversations]
     assert model.generate_batch(conversations, sampling) == alone
@@ -125,9 +135,10 @@ def test_in_python(hub: Path, picture: Path) -> None:
 
 def test_two_processes_answer_as_one(hub: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of four devices each; only process 0 prints."""
-    arguments = ["generate", str(hub), "--prompt", QUESTION, "--image", str(picture), "--max-new-tokens", str(NEW), "--mesh", "fsdp=4,tensor=2"]
-    outputs = two_processes(arguments + ["--json"])
-    assert main(arguments + ["--json"]) == 0
+    arguments = ["generate", str(hub), "--prompt", QUESTION, "--image", str(picture), "--mesh", "fsdp=4,tensor=2", "--json"]
+    arguments += ["--max-new-tokens", str(NEW)]
+    outputs = two_processes(arguments)
+    assert main(arguments) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(outputs[0].splitlines()[-1])["tokens"] == alone["tokens"]
     assert outputs[1] == ""

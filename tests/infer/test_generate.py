@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models.chats import IMAGE, IMAGES, MIXED, TEXT, VIDEO, make_example, torch_inputs
-from tests.models.oracle import CASES, params_of, torch_model
 
 from blm_jax import mesh as meshes
 from blm_jax.config import BackboneConfig, ComputeConfig, MeshConfig, SamplingConfig
@@ -23,6 +21,8 @@ from blm_jax.infer.generate import Generator, bucket
 from blm_jax.infer.session import for_serving
 from blm_jax.mesh import make_mesh
 from blm_jax.models.mllm import abstract_params
+from tests.models.chats import IMAGE, IMAGES, MIXED, TEXT, VIDEO, make_example, torch_inputs
+from tests.models.oracle import CASES, params_of, torch_model
 
 GRIDS = (TEXT, IMAGE, VIDEO, IMAGES, MIXED)
 PROMPTS = 30
@@ -50,8 +50,16 @@ def examples(config: BackboneConfig) -> list[Example]:
     return [make_example(config, GRIDS[i % len(GRIDS)], seed=i, words=5 + 2 * i) for i in range(PROMPTS)]
 
 
-def answers(generator: Generator, examples: list[Example], sampling: SamplingConfig, stop: tuple[int, ...] = (), every: int | None = None) -> np.ndarray:
+def answers(
+    generator: Generator, examples: list[Example], sampling: SamplingConfig, stop: tuple[int, ...] = (), every: int | None = None
+) -> np.ndarray:
     return np.concatenate(list(generator.stream(examples, sampling, stop, every)), axis=1)
+
+
+def compiled() -> tuple[int, int]:
+    """How many programs of each kind there are by now."""
+    programs: tuple[Any, Any] = (generation._prefill, generation._extend)
+    return programs[0]._cache_size(), programs[1]._cache_size()
 
 
 def reference(model: Any, example: Example, config: BackboneConfig, **changes: float) -> tuple[np.ndarray, float]:
@@ -87,11 +95,11 @@ def test_greedy_token_for_token(
 def test_looking_often_changes_nothing(generator: Generator, examples: list[Example]) -> None:
     sampling = SamplingConfig(max_new_tokens=11, temperature=0.8, top_p=0.9, seed=5, repetition_penalty=1.0)
     whole = answers(generator, examples[:3], sampling)
-    before = generation._extend._cache_size()
+    before = compiled()
     parts = list(generator.stream(examples[:3], sampling, (), every=3))
     assert [part.shape[1] for part in parts] == [1, 3, 3, 3, 1]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
-    assert generation._extend._cache_size() == before  # the same compiled loop, told a nearer end
+    assert compiled() == before  # the same compiled loop, told a nearer end
 
 
 def test_numbers_of_sampling_compile_nothing(generator: Generator, examples: list[Example]) -> None:
@@ -100,11 +108,11 @@ def test_numbers_of_sampling_compile_nothing(generator: Generator, examples: lis
         return answers(generator, examples[:3], sampling)
 
     first = draw(0.8, 0.9, 0)
-    sizes = generation._prefill._cache_size(), generation._extend._cache_size()
+    sizes = compiled()
     np.testing.assert_array_equal(draw(0.8, 0.9, 0), first)
     assert (draw(0.8, 0.9, 1) != first).any()
     assert (draw(2.0, 0.5, 0) != first).any()
-    assert (generation._prefill._cache_size(), generation._extend._cache_size()) == sizes
+    assert compiled() == sizes
 
 
 def test_a_row_does_not_depend_on_those_beside_it(generator: Generator, examples: list[Example]) -> None:
@@ -127,7 +135,9 @@ def test_a_stop_token_ends_its_row_alone(generator: Generator, config: BackboneC
 
 
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
-def test_sharded_equals_unsharded(generator: Generator, config: BackboneConfig, examples: list[Example], mesh_shape: tuple[int, int, int]) -> None:
+def test_sharded_equals_unsharded(
+    generator: Generator, config: BackboneConfig, examples: list[Example], mesh_shape: tuple[int, int, int]
+) -> None:
     mesh = make_mesh(MeshConfig(*mesh_shape))
     sampling = SamplingConfig(max_new_tokens=16, temperature=0.7, top_k=20, seed=1, repetition_penalty=1.0)
     expected = answers(generator, examples[:5], sampling)

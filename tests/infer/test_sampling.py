@@ -36,7 +36,12 @@ def test_drawn_as_often_as_the_reference_says(temperature: float, top_k: int | N
     drawn = frequencies(SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty), logits, seen)
 
     scores = torch.tensor(logits)[None]
-    processors = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k or VOCAB), TopPLogitsWarper(top_p)]
+    processors = [
+        RepetitionPenaltyLogitsProcessor(penalty),
+        TemperatureLogitsWarper(temperature),
+        TopKLogitsWarper(top_k or VOCAB),
+        TopPLogitsWarper(top_p),
+    ]
     for processor in processors:
         scores = processor(torch.tensor(history)[None], scores)
     expected = torch.softmax(scores, -1)[0].numpy()

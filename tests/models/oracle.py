@@ -16,12 +16,12 @@ VOCAB = 320
 
 
 def _vision(**changes: Any) -> VisionConfig:
-    sizes = dict(layers=4, width=32, heads=2, ffn=44, out_width=64, full_attention_layers=(1, 3), window=112)
+    sizes: dict[str, Any] = dict(layers=4, width=32, heads=2, ffn=44, out_width=64, full_attention_layers=(1, 3), window=112)
     return VisionConfig(**(sizes | changes))
 
 
 def _decoder(**changes: Any) -> DecoderConfig:
-    sizes = dict(layers=3, width=64, heads=4, kv_heads=2, ffn=96, vocab=VOCAB, tied=False, mrope_section=(2, 3, 3))
+    sizes: dict[str, Any] = dict(layers=3, width=64, heads=4, kv_heads=2, ffn=96, vocab=VOCAB, tied=False, mrope_section=(2, 3, 3))
     return DecoderConfig(**(sizes | changes))
 
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tests.models.chats import IMAGE, IMAGES, MIXED, TEXT, VIDEO, make_example, torch_inputs
-from tests.models.oracle import CASES, grads_of, params_of, torch_model
 
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.data.collate import collate
 from blm_jax.models.mllm import Mllm, with_params
+from tests.models.chats import IMAGE, IMAGES, MIXED, TEXT, VIDEO, make_example, torch_inputs
+from tests.models.oracle import CASES, grads_of, params_of, torch_model
 
 KINDS = {"text": TEXT, "image": IMAGE, "images": IMAGES, "video": VIDEO, "mixed": MIXED}
 FLOAT32 = ComputeConfig()

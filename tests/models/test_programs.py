@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from tests.models.chats import IMAGE, TEXT, VIDEO, make_example
-from tests.models.oracle import CASES, params_of, torch_model
 
 from blm_jax import mesh as meshes
 from blm_jax.batch import Batch
@@ -20,6 +18,8 @@ from blm_jax.config import BackboneConfig, ComputeConfig, MeshConfig, Remat
 from blm_jax.data.collate import collate
 from blm_jax.mesh import make_mesh
 from blm_jax.models.mllm import Mllm, abstract_params, with_params
+from tests.models.chats import IMAGE, TEXT, VIDEO, make_example
+from tests.models.oracle import CASES, params_of, torch_model
 
 CONFIG = CASES["plain"]
 
@@ -57,7 +57,9 @@ def test_nothing_above_block_k_runs(blocks: int) -> None:
     program = jax.make_jaxpr(lambda model, batch: model.hidden(batch, blocks))(model, batch)
     loops = [equation.params["length"] for equation in equations(program.jaxpr) if equation.primitive.name == "scan"]
     assert loops[-1] == blocks  # the tower's come first
-    vocab = [eq for eq in equations(program.jaxpr) if eq.primitive.name == "dot_general" and CONFIG.decoder.vocab in eq.outvars[0].aval.shape]
+    vocab = [
+        eq for eq in equations(program.jaxpr) if eq.primitive.name == "dot_general" and CONFIG.decoder.vocab in eq.outvars[0].aval.shape
+    ]
     assert not vocab
 
 
@@ -117,4 +119,4 @@ def test_a_training_step_compiles_for_tpu(pod: jax.sharding.Mesh, remat: Remat) 
 
     with meshes.use(pod):
         program = jax.jit(jax.grad(value)).lower(abstract_params(config, jnp.float32, pod), shapes).compile()
-    assert program.as_text().count("tpu_custom_call") >= 6  # forward and twice backward, in each tower
+    assert str(program.as_text()).count("tpu_custom_call") >= 6  # forward and twice backward, in each tower

@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.hlo import dot_flops
-from tests.models.chats import IMAGE, IMAGES, TEXT, VIDEO, make_example
-from tests.models.oracle import CASES, params_of, torch_model
 
 from blm_jax import mesh as meshes
 from blm_jax.batch import Batch, VisionRows
@@ -19,6 +16,9 @@ from blm_jax.data.collate import collate
 from blm_jax.errors import RequestError
 from blm_jax.mesh import Rules, make_mesh
 from blm_jax.models.mllm import Mllm, abstract_params, random_params, with_params
+from tests.hlo import dot_flops
+from tests.models.chats import IMAGE, IMAGES, TEXT, VIDEO, make_example
+from tests.models.oracle import CASES, params_of, torch_model
 
 CONFIG = CASES["plain"]
 MESHES = {"8x1": (8, 1, 1), "fsdp 8": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2)}
@@ -65,33 +65,9 @@ def test_parameters_are_divided() -> None:
 
 def vision_flops(model: Mllm, rows: VisionRows) -> int:
     """Of one device, in matrix products, from its compiled program."""
-    flops = dot_flops(jax.jit(lambda model, rows: model.vision(rows)).lower(model, rows).compile().as_text())
+    flops = dot_flops(jax.jit(lambda model, rows: model.vision(rows)).lower(model, rows).compile())
     assert flops > 0
     return flops
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("shape", MESHES.values(), ids=list(MESHES))
-def test_sharded_equals_unsharded(expected: tuple[jax.Array, jax.Array], shape: tuple[int, int, int], grouped: bool) -> None:
-    mesh = make_mesh(MeshConfig(*shape))
-    with meshes.use(mesh):
-        ours = jax.jit(outputs)(model_on(mesh), meshes.put(make_batch(CONFIG, grouped=grouped), mesh))
-    for one, other in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5, rtol=0)
-
-
-def test_parameters_are_divided() -> None:
-    params = random_params(CONFIG, jnp.float32, make_mesh(MeshConfig(2, 2, 2)), seed=0)
-    kernel = params["decoder"]["blocks"]["q"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (3, 32, 2, 16)  # width over fsdp, heads over tensor
-    odd = random_params(CASES["irregular vision layers, small windows"], jnp.float32, make_mesh(MeshConfig(1, 8, 1)), seed=0)
-    assert odd["vision"]["blocks"]["gate"]["kernel"].addressable_shards[0].data.shape == (5, 6, 51)
-
-
-def multiplications(model: Mllm, rows: meshes.VisionRows) -> float:
-    """Floating-point operations of one device, from its compiled program (bodies of loops counted once, on any mesh)."""
-    compiled = jax.jit(lambda model, rows: model.vision(rows)).lower(model, rows).compile()
-    return compiled.cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
@@ -110,8 +86,9 @@ def test_no_patch_is_computed_twice(shape: tuple[int, int, int]) -> None:
 
 def test_a_tensor_axis_that_cuts_heads_is_refused() -> None:
     sizes = replace(CONFIG.decoder, width=3584, heads=28, kv_heads=4, ffn=18944, mrope_section=(16, 24, 24))
-    config = replace(CONFIG, decoder=sizes, vision=replace(CONFIG.vision, width=1280, heads=16, ffn=3420))
-    with pytest.raises(RequestError, match=r"mesh.tensor=8 does not divide decoder heads 28, decoder key heads 4, vision ffn 3420: take 1 or 2 or 4"):
+    config = replace(CONFIG, decoder=sizes, vision=replace(CONFIG.vision, width=1280, heads=16, ffn=3420, out_width=3584))
+    wrong = "mesh.tensor=8 does not divide decoder heads 28, decoder key heads 4, vision ffn 3420: take 1 or 2 or 4"
+    with pytest.raises(RequestError, match=wrong):
         meshes.check(config, make_mesh(MeshConfig(1, 1, 8)))
     meshes.check(config, make_mesh(MeshConfig(1, 2, 4)))
 

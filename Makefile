@@ -1,0 +1,34 @@
+# Each target does its own set-up: Python 3.11 or newer, pip and make are all it needs.
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Tests and tools never look for an accelerator; what is compiled for one is compiled here.
+export JAX_PLATFORMS := cpu
+
+.PHONY: test lint format demo clean
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(INSTALLED)
+	@echo "The demo comes with the embedded world: this release has the backbone only. See blm --help."
+
+clean:
+	rm -rf .venv .cache
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "blm_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	touch $@

@@ -1,0 +1,293 @@
+"""`blm`: reads the command line, then calls one function. What does the work is imported late, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from blm_jax.errors import RequestError, RunError
+
+Result = dict[str, Any] | None
+GOOGLE = "0x1ae0"  # vendor of TPU chips on the PCI bus
+# Each is set by one kind of launcher for every process it starts: Slurm's srun, Open MPI's mpirun, an indexed Kubernetes job.
+LAUNCHER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX")
+
+
+def entry() -> NoReturn:
+    """The program `blm`. Standard output is for what commands answer: what native libraries print there goes to standard error."""
+    sys.stdout.flush()
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(answers, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+    code = main()
+    jax = sys.modules.get("jax")
+    if code and jax is not None and jax.distributed.is_initialized():
+        # An orderly end waits minutes for the other processes, which wait for this one: leave, and they are told.
+        # The end of process 0 is the end of all, so it lets the others say first what stopped them.
+        time.sleep(0 if jax.process_index() else 2)
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 2 the request is wrong, 1 it failed on the way."""
+    process = 0
+    try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        process = _start_jax(args)
+        result = args.run(args, process)
+        if args.json and process == 0:
+            _print(json.dumps(result or {}, ensure_ascii=False))
+        return 0
+    except SystemExit as stop:  # argparse after --help and --version
+        return stop.code if isinstance(stop.code, int) else 1
+    except _OutputClosed:
+        # Whoever read our output has gone (`blm ... | head`); Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + 2
+    except Exception as error:
+        return _report(error, process)
+
+
+def _report(error: Exception, process: int) -> int:
+    if os.environ.get("BLM_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    if isinstance(error, RequestError | RunError):
+        message = " ".join(str(error).split())
+    else:
+        message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]} (BLM_DEBUG=1 shows where)"
+    where = f" (process {process})" if process else ""
+    print(f"blm: error{where}: {message}", file=sys.stderr)
+    return 2 if isinstance(error, RequestError) else 1
+
+
+class _OutputClosed(Exception):
+    pass
+
+
+def _print(text: str, end: str = "\n") -> None:
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise _OutputClosed from None
+
+
+# --- processes -----------------------------------------------------------------------------------------------------------
+
+
+def _start_jax(args: argparse.Namespace) -> int:
+    """Join the other processes of this run, if there are any. The number of this one: only 0 prints."""
+    if not args.uses_jax:
+        return 0
+    tpu = _has_tpu()
+    if not tpu and "JAX_PLATFORMS" not in os.environ and _only_libtpu():
+        os.environ["JAX_PLATFORMS"] = "cpu"  # a libtpu that finds no TPU complains at length
+    asked = {"coordinator": args.coordinator, "processes": args.processes, "process": args.process}
+    if args.processes == 1 and args.coordinator is None:
+        return 0
+    if any(value is not None for value in asked.values()):
+        missing = [f"--{name}" for name, value in asked.items() if value is None]
+        if missing:
+            raise RequestError(f"{' and '.join(missing)} missing: --coordinator, --processes and --process go together")
+        if not re.fullmatch(r".+:\d+", args.coordinator):
+            raise RequestError(f"--coordinator is {args.coordinator!r}: write HOST:PORT")
+        if not 0 <= args.process < args.processes:
+            raise RequestError(f"--process is {args.process}: it must lie between 0 and --processes - 1 = {args.processes - 1}")
+        return _join(coordinator_address=args.coordinator, num_processes=args.processes, process_id=args.process)
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        return _join(coordinator_address=address, num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
+    launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
+    return _join(alone_is_fine=not launched) if launched or tpu else 0
+
+
+def _join(*, alone_is_fine: bool = False, **known: Any) -> int:
+    import jax
+
+    if not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize(**known)  # finds out from the launcher what is not known
+        except ValueError as error:
+            if alone_is_fine:
+                return 0  # a TPU host that belongs to no pod
+            raise RequestError(
+                f"cannot join the other processes: {error} Give --coordinator, --processes and --process, or --processes 1"
+            ) from error
+    if jax.process_index():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor do the native libraries of other processes print
+    return jax.process_index()
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is not None and not text.isdecimal():
+        raise RequestError(f"{variable} is {text!r}: it must be a whole number")
+    return None if text is None else int(text)
+
+
+def _has_tpu() -> bool:
+    return any(vendor.read_text().strip() == GOOGLE for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"))
+
+
+def _only_libtpu() -> bool:
+    """Whether TPUs are the one accelerator that this JAX was installed for."""
+    from importlib.metadata import entry_points
+    from importlib.util import find_spec
+
+    return bool(find_spec("libtpu")) and not find_spec("jax_plugins") and not entry_points(group="jax_plugins")
+
+
+# --- commands ------------------------------------------------------------------------------------------------------------
+
+
+def _generate(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.config import HardwareConfig, SamplingConfig
+    from blm_jax.configfile import override
+    from blm_jax.infer import command
+
+    given = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
+    sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
+    changes = [f"mesh.{part}" for part in (args.mesh or "").split(",") if part]
+    hardware = override(HardwareConfig(), changes + ([f"compute.dtype={args.dtype}"] if args.dtype else []))
+
+    def show(piece: str) -> None:
+        if process == 0:
+            _print(piece, end="")
+
+    result = command.generate(
+        model=args.model,
+        prompt=args.prompt,
+        images=tuple(args.image),
+        videos=tuple(args.video),
+        system=args.system,
+        sampling=sampling,
+        hardware=hardware,
+        on_text=show if args.stream else None,
+    )
+    if process == 0 and (args.stream or not args.json):
+        _print("" if args.stream else result["text"])
+    return result
+
+
+def _convert(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.convert import command
+
+    result = command.convert(args.src, args.dst, to=args.to, max_shard_bytes=args.max_shard_size)
+    if process == 0 and not args.json:
+        _print(f"{result['out']}: {result['tensors']} tensors, {result['bytes'] / 1e9:.2f} GB, {result['seconds']:.1f} s")
+    return result
+
+
+def _bench(args: argparse.Namespace, process: int) -> Result:
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    names = sorted(script.stem for script in folder.glob("*.py") if not script.stem.startswith("_"))
+    if not names:
+        raise RequestError(f"benchmarks are run from a checkout of the repository, and {folder} holds none")
+    if args.name not in names:
+        raise RequestError(f"no benchmark {args.name!r}: there are {', '.join(names)}")
+    sys.path.insert(0, str(folder))  # as `python benchmarks/NAME.py` would have it
+    return importlib.import_module(args.name).main(args.rest)
+
+
+# --- the command line ----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}; see `{self.prog} --help`")
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"blm {version('blm-jax')}")
+        raise SystemExit(0)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="blm", description="One model that answers questions about what it sees and drives robot arms.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(_command(commands, "generate", _generate, "answer a prompt about text, images and videos"))
+    _add_convert(_command(commands, "convert", _convert, "bring weights to the Hugging Face layout or to a checkpoint"))
+    bench = _command(commands, "bench", _bench, "run a benchmark beside its peer", uses_jax=False)
+    bench.add_argument("name", metavar="NAME", help="a script of benchmarks/, without .py; flags unknown to blm go to it")
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _bench:
+        args.parser.error(f"unknown argument {' '.join(rest)}")
+    args.rest = rest
+    return args
+
+
+def _command(commands: Any, name: str, run: Callable[..., Result], summary: str, *, uses_jax: bool = True) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.set_defaults(run=run, uses_jax=uses_jax, parser=parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+    if uses_jax:
+        several = parser.add_argument_group(
+            "several processes", "found out from Slurm, MPI, a TPU pod or JAX's variables where these are silent"
+        )
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        several.add_argument("--processes", type=int, metavar="N", help="how many there are; 1 looks for no others")
+        several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory in the Hugging Face layout or a checkpoint, local or in a bucket")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
+    parser.add_argument("--image", action="append", default=[], metavar="P", help="a picture, shown before the prompt; may be repeated")
+    parser.add_argument("--video", action="append", default=[], metavar="P", help="a video, shown before the prompt; may be repeated")
+    parser.add_argument("--system", metavar="TEXT", help="the system message, in place of the model's own")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (512)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (all)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens that hold P of the probability (1)")
+    parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same answer (0)")
+    parser.add_argument("--mesh", metavar="SIZES", help="devices along each axis, such as data=2,fsdp=4,tensor=1; -1 takes what is left")
+    parser.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (float32)")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it grows")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="a directory in the Hugging Face layout or a checkpoint, local or in a bucket")
+    parser.add_argument("dst", metavar="DST", help="a directory that does not exist yet")
+    parser.add_argument("--to", required=True, choices=("hf", "checkpoint"), help="what to write")
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest safetensors file, such as 5GB or 500MB (5GB)"
+    )
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 500MB")
+    return size
+
+
+if __name__ == "__main__":
+    entry()

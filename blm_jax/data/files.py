@@ -1,0 +1,62 @@
+"""Reading what a user names: paths (local or in a bucket) and URLs."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import urllib.parse
+from typing import Any
+
+from etils import epath
+
+from blm_jax.errors import RequestError
+
+
+def read_source(source: Any, kind: str) -> tuple[bytes, str]:
+    """Contents and printable name of a path or URL."""
+    if isinstance(source, str) and source.startswith("data:"):
+        return read_data_url(source, kind), f"the {kind} in a data: URL"
+    path = source_path(source, kind)
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        raise RequestError(f"{kind} {path} cannot be opened: {error.strerror or one_line(error)}") from error
+
+
+def source_path(source: Any, kind: str) -> epath.Path:
+    if not isinstance(source, (str, epath.Path)) and not hasattr(source, "__fspath__"):
+        raise RequestError(f"a {kind} is a path, a file: or data: URL, bytes, an image or an array, not {type(source).__name__}")
+    text = str(source)
+    if text.startswith("file:"):
+        text = urllib.parse.unquote(urllib.parse.urlparse(text).path)
+    if text.startswith(("http:", "https:")):
+        raise RequestError(f"{kind} {text} is not fetched from the net: give a path, or the contents as a data: URL")
+    path = epath.Path(text)
+    if not path.exists():
+        raise RequestError(f"{kind} {path} does not exist")
+    return path
+
+
+def read_data_url(url: str, kind: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise RequestError(f"the data: URL of a {kind} has no comma: it reads data:image/png;base64,...")
+    try:
+        return base64.b64decode(body, validate=True) if head.endswith(";base64") else urllib.parse.unquote_to_bytes(body)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"the data: URL of a {kind} is no base64: {one_line(error)}") from error
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise RequestError(f"{path} cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} must hold a JSON object")
+    return value
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

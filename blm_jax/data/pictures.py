@@ -1,0 +1,86 @@
+"""Pictures: from a file, bytes, a PIL image or an array to patches."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from blm_jax.data.files import one_line, read_source
+from blm_jax.data.pixels import PixelConfig, check_positive, cut_patches, fit_size
+from blm_jax.data.positions import Grid
+from blm_jax.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture or a video, ready for the vision tower."""
+
+    patches: np.ndarray  # [grid.patches, channels * temporal_patch * patch * patch] float32
+    grid: Grid
+
+
+def prepare_picture(source: Any, config: PixelConfig, **limits: int) -> Picture:
+    """Load, resize, normalise and cut a picture; a still picture fills its temporal patch with copies of itself.
+
+    `limits`, min_pixels and max_pixels, replace the model's.
+    """
+    check_positive("picture", limits)
+    config = replace(config, **limits)
+    image = load_image(source)
+    height, width = fit_size(image.height, image.width, config.factor, config.min_pixels, config.max_pixels)
+    frame = resize(image, height, width, config)
+    patches = cut_patches(np.broadcast_to(frame, (config.temporal_patch, *frame.shape)), config)
+    return Picture(patches, Grid(1, height // config.patch, width // config.patch))
+
+
+def resize(image: Image.Image, height: int, width: int, config: PixelConfig) -> np.ndarray:
+    """[height, width, 3] uint8."""
+    return np.asarray(image.resize((width, height), resample=Image.Resampling(config.resample)))
+
+
+def load_image(source: Any) -> Image.Image:
+    """An RGB image of a path (local or in a bucket), a file: or data: URL, bytes, a PIL image or an array.
+
+    As in transformers, files are turned upright and lose their transparency, while a PIL image keeps its orientation and is
+    laid on white.
+    """
+    if isinstance(source, Image.Image):
+        return on_white(source)
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(rgb_array(source))
+    name = "the picture"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+    else:
+        data, name = read_source(source, "picture")
+    try:
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    except Exception as error:  # PIL's readers raise nearly everything on broken files
+        raise RequestError(f"{name} cannot be read as a picture: {one_line(error)}") from error
+
+
+def rgb_array(array: np.ndarray) -> np.ndarray:
+    """[height, width, 3] uint8 of an array with 1, 3 or 4 channels, first, last or absent."""
+    if array.dtype != np.uint8:
+        raise RequestError(f"an array of pixels must be uint8, 0 to 255, not {array.dtype}: scale and convert it first")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.size == 0:
+        raise RequestError(f"an array of pixels must be [height, width, 3], not {list(array.shape)}")
+    if array.shape[-1] == 4:
+        alpha = array[..., 3:] / 255
+        array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
