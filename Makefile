@@ -7,7 +7,9 @@ INSTALLED := .venv/.installed
 # Tests and tools never look for an accelerator; what is compiled for one is compiled here.
 export JAX_PLATFORMS := cpu
 
-.PHONY: test lint format demo clean
+.PHONY: install test lint format demo clean
+
+install: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blm_jax.data.files import one_line, read_source
 from blm_jax.data.pixels import PixelConfig, check_positive, cut_patches, fit_size
@@ -59,6 +59,8 @@ def load_image(source: Any) -> Image.Image:
         data, name = read_source(source, "picture")
     try:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    except UnidentifiedImageError:
+        raise RequestError(f"{name} is no picture in a format known here: give PNG, JPEG, WebP or the like") from None
     except Exception as error:  # PIL's readers raise nearly everything on broken files
         raise RequestError(f"{name} cannot be read as a picture: {one_line(error)}") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from blm_jax.config import HardwareConfig, SamplingConfig
 from blm_jax.data.prompt import user_turn
-from blm_jax.infer.session import load
+from blm_jax.infer.session import load, open_engine
 from blm_jax.mesh import make_mesh
 
 
@@ -26,14 +26,17 @@ def generate(
     start = time.perf_counter()
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append(user_turn(prompt, images, videos))
-    session = load(model, make_mesh(hardware.mesh), hardware.compute)
+    mesh = make_mesh(hardware.mesh)
+    engine = open_engine(model)
+    request = engine.encode(messages, add_generation_prompt=True)
+    session = load(model, mesh, hardware.compute, engine)
     loaded = time.perf_counter()
     if on_text is None:
-        answer = session.generate(messages, sampling)
+        answer = session.generate(request, sampling)
         text, tokens = answer.text, list(answer.tokens)
     else:
         text, tokens = "", []
-        for answer in session.stream(messages, sampling):
+        for answer in session.stream(request, sampling):
             on_text(answer.text)
             text, tokens = text + answer.text, tokens + list(answer.tokens)
     return {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blm_jax import mesh as meshes
 from blm_jax.config import BackboneConfig, ComputeConfig, SamplingConfig
@@ -22,7 +23,8 @@ from blm_jax.models.mllm import Mllm, abstract_params, with_params
 from blm_jax.weights.load import load_params
 from blm_jax.weights.source import assets_dir, read_config
 
-Message = dict[str, Any]
+# Messages as OpenAI and transformers write them, or what the prompt engine made of them already.
+Conversation = Sequence[Mapping[str, Any]] | Example
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,20 @@ class Habits:
 
 
 class Model:
-    """What `blm_jax.load` gives. Messages are OpenAI's or transformers': role and content, pictures and videos by path."""
+    """What `blm_jax.load` gives."""
 
-    def __init__(self, mllm: Mllm, engine: PromptEngine, tokenizer: Tokenizer, habits: Habits, mesh: Mesh | None):
+    def __init__(self, mllm: Mllm, engine: PromptEngine, habits: Habits, mesh: Mesh | None):
         self.config: BackboneConfig = mllm.config
         self.mesh = mesh
         self.engine = engine
-        self.tokenizer = tokenizer
+        self.tokenizer: Tokenizer = engine.tokenizer
         self.habits = habits
         self._generator = Generator(mllm, mesh, mllm.config.tokens.pad)
 
-    def generate(self, messages: Sequence[Message], sampling: SamplingConfig | None = None) -> Answer:
+    def generate(self, messages: Conversation, sampling: SamplingConfig | None = None) -> Answer:
         return self.generate_batch([messages], sampling)[0]
 
-    def generate_batch(self, conversations: Sequence[Sequence[Message]], sampling: SamplingConfig | None = None) -> list[Answer]:
+    def generate_batch(self, conversations: Sequence[Conversation], sampling: SamplingConfig | None = None) -> list[Answer]:
         """Answers to conversations of any lengths, decoded side by side."""
         sampling = self._complete(sampling)
         stops = {*self.habits.stop, *sampling.stop}
@@ -72,7 +74,7 @@ class Model:
         rows = np.concatenate(parts, axis=1).tolist()
         return [self._answer(example, row, stops) for example, row in zip(examples, rows, strict=True)]
 
-    def stream(self, messages: Sequence[Message], sampling: SamplingConfig | None = None, every: int = 4) -> Iterator[Answer]:
+    def stream(self, messages: Conversation, sampling: SamplingConfig | None = None, every: int = 4) -> Iterator[Answer]:
         """The answer in pieces of `every` tokens: each an Answer of what is new; texts and tokens add up to what `generate` gives."""
         sampling = self._complete(sampling)
         stops = {*self.habits.stop, *sampling.stop}
@@ -91,8 +93,8 @@ class Model:
             return replace(sampling, repetition_penalty=self.habits.repetition_penalty)
         return sampling
 
-    def _encode(self, messages: Sequence[Message]) -> Example:
-        return self.engine.encode(messages, add_generation_prompt=True)
+    def _encode(self, messages: Conversation) -> Example:
+        return messages if isinstance(messages, Example) else self.engine.encode(messages, add_generation_prompt=True)
 
     def _answer(self, example: Example, tokens: list[int], stops: set[int]) -> Answer:
         kept, ended = _until(tokens, stops)
@@ -108,17 +110,22 @@ def _until(tokens: list[int], stops: set[int]) -> tuple[list[int], bool]:
     return tokens, False
 
 
-def load(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None) -> Model:
+def load(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None, engine: PromptEngine | None = None) -> Model:
     """Open a MODEL, of the Hub's layout or a checkpoint, and put it on a mesh; by default on the first device."""
     compute = compute or ComputeConfig()
     config = read_config(path)
     if mesh is not None:
         meshes.check(config, mesh)
+    engine = engine or open_engine(path)
+    habits = Habits.read(assets_dir(path), engine.tokenizer)
+    params = load_params(path, abstract_params(config, jnp.dtype(compute.dtype), mesh))
+    return Model(for_serving(config, compute, params), engine, habits, mesh)
+
+
+def open_engine(path: str) -> PromptEngine:
+    """What turns messages into tokens and patches, without the weights: a wrong request is known before they are read."""
     assets = assets_dir(path)
-    tokenizer = load_tokenizer(assets)
-    engine = PromptEngine(config, tokenizer, read_pixel_config(assets))
-    params = load_params(path, abstract_params(config, compute.dtype, mesh))
-    return Model(for_serving(config, compute, params), engine, tokenizer, Habits.read(assets, tokenizer), mesh)
+    return PromptEngine(read_config(path), load_tokenizer(assets), read_pixel_config(assets))
 
 
 def for_serving(config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any]) -> Mllm:
@@ -126,12 +133,18 @@ def for_serving(config: BackboneConfig, compute: ComputeConfig, params: dict[str
 
     One stacked parameter is taken apart at a time, so memory never holds two copies of the weights.
     """
-    apart = jax.jit(lambda stacked: [stacked[i] for i in range(len(stacked))])
     blocks: list[dict[str, Any]] = [{} for _ in range(config.decoder.layers)]
     for name, leaves in params["decoder"].pop("blocks").items():
         for leaf, stacked in leaves.items():
-            for block, one in zip(blocks, apart(stacked), strict=True):
+            for block, one in zip(blocks, _apart(stacked), strict=True):
                 block.setdefault(name, {})[leaf] = one
             stacked.delete()
     params["decoder"]["blocks"] = dict(enumerate(blocks))
     return with_params(config, compute, params, apart=True)
+
+
+def _apart(stacked: jax.Array) -> list[jax.Array]:
+    """The layers of a stacked parameter, each divided over the mesh as the stack was."""
+    where = stacked.sharding
+    layer = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])) if isinstance(where, NamedSharding) else None
+    return jax.jit(lambda stacked: list(stacked), out_shardings=layer)(stacked)

@@ -8,47 +8,33 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 import blm_jax
 from blm_jax.cli import main
-from blm_jax.config import SamplingConfig, TokenConfig
+from blm_jax.config import SamplingConfig
 from blm_jax.convert.command import convert
-from tests.models.oracle import CASES, torch_model
-from tests.qwen_files import write_tokenizer_files
+from tests.tiny_model import END_OF_TEXT, IM_END, write_tiny_model
 
 NEW = 12
-IM_END = 151645
 QUESTION = "Which cube is red? 哪个?"
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model in the Hub's layout, with the real vocabulary."""
-    directory = tmp_path_factory.mktemp("hub")
-    case = CASES["tied"]
-    config = replace(case, tokens=TokenConfig(), decoder=replace(case.decoder, vocab=151936, layers=2))
-    model = torch_model(config, seed=3)
-    model.generation_config = GenerationConfig(eos_token_id=[IM_END, 151643], pad_token_id=151643, repetition_penalty=1.05)
-    model.save_pretrained(directory)
-    write_tokenizer_files(directory, min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 40)
-    return directory
+    return write_tiny_model(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "scene.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 260, 3), np.uint8)).save(path)
-    return path
+def picture(hub: Path) -> Path:
+    return hub / "picture.png"
 
 
 def reference(hub: Path, text: str, picture: Path | None) -> tuple[list[int], str]:
@@ -89,7 +75,7 @@ def test_the_answer_is_the_one_transformers_gives(hub: Path, picture: Path, caps
     tokens, text = reference(hub, QUESTION, picture if with_picture else None)
     ours = run(capsys, hub, "--prompt", QUESTION, *(["--image", picture] if with_picture else []))
     assert (ours["tokens"], ours["text"]) == (tokens, text)
-    assert ours["finish"] == ("stop" if tokens[-1] in (IM_END, 151643) else "length")
+    assert ours["finish"] == ("stop" if tokens[-1] in (IM_END, END_OF_TEXT) else "length")
 
 
 @pytest.mark.parametrize("mesh", ["data=8,fsdp=1", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"])

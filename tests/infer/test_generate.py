@@ -145,6 +145,8 @@ def test_sharded_equals_unsharded(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, "float32", mesh))
     with meshes.use(mesh):
         sharded = Generator(for_serving(config, ComputeConfig(), jax.device_put(params, shardings)), mesh, config.tokens.pad)
+    kernel = sharded.model.decoder.blocks[0].gate.kernel[...]  # pyright: ignore
+    assert kernel.sharding.shard_shape(kernel.shape) == (kernel.shape[0] // mesh_shape[1], kernel.shape[1] // mesh_shape[2])
     np.testing.assert_array_equal(answers(sharded, examples[:5], sampling), expected)
 
 
