@@ -41,3 +41,30 @@ class Batch:
     targets: Array  # [rows, length] int32, the token that follows within the example
     weights: Array  # [rows, length] float32, weight of that target in the loss
     vision: VisionRows | None = None
+
+
+@dataclass(frozen=True)
+class IntentRows:
+    """Hidden states of block k, one observation a row, with what the backbone does not tell: where each token was seen."""
+
+    hidden: Array  # [rows, tokens, width]
+    mask: Array  # [rows, tokens] bool: vision tokens and the prompt after them
+    places: Array  # [rows, tokens, 4] int32: camera counted from 1, row, column, time, in visual tokens; zeros for text
+
+
+@dataclass(frozen=True)
+class RobotRows:
+    """Which robot, and where it is. Values of dimensions a robot lacks are ignored, whatever they are."""
+
+    robot: Array  # [rows] int32, row of the policy's table
+    state: Array  # [rows, state_width] float32, normalised
+    state_mask: Array  # [rows, state_width] bool
+    action_mask: Array  # [rows, horizon, action_width] bool: dimensions the robot has, steps its chunk has
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """What a demonstration did: normalised actions, and which of them count."""
+
+    actions: Array  # [rows, horizon, action_width] float32
+    mask: Array  # [rows, horizon, action_width] bool: false past the episode's end too

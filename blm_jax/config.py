@@ -101,6 +101,96 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class BridgeConfig:
+    """The Perceiver that compresses the intent to a few tokens."""
+
+    queries: int = 32  # as many as the policy's future tokens: the target of one is the other
+    blocks: int = 2  # each one cross-attention and one self-attention
+    width: int = 1536
+    heads: int = 24
+    ffn: int = 6144
+    places: bool = True  # keys know camera, row, column and time: the backbone's own positions are all relative
+    cameras: int = 8  # the most an observation may have
+
+    def __post_init__(self) -> None:
+        _check(self.width % self.heads == 0, f"bridge.width {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The diffusion transformer. Defaults are GR00T N1.5's."""
+
+    layers: int = 16  # cross-attention on even ones, self-attention on odd ones
+    heads: int = 32
+    head_dim: int = 48
+    ffn: int = 6144
+    tap: int = 12  # the future tokens are read after this layer
+    dropout: float = 0.2
+    time_features: int = 256
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    def __post_init__(self) -> None:
+        _check(self.layers % 2 == 0 and self.layers > 0, f"dit.layers is {self.layers}: layers come in pairs")
+        _check(
+            self.tap % 2 == 0 and 0 < self.tap <= self.layers,
+            f"dit.tap is {self.tap}: it must be an even number of layers, at most {self.layers}",
+        )
+
+
+@dataclass(frozen=True)
+class EmbodimentConfig:
+    """Encoders and decoders, one set a robot; every robot's state and action are padded to the same widths."""
+
+    state_width: int = 64
+    action_width: int = 32
+    hidden: int = 1024
+    state_dropout: float = 0.0  # how often the whole state is hidden in training
+
+
+Path = Literal["flow", "ddim"]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """From noise (time 0) to actions (time 1), and what is learned on the way."""
+
+    path: Path = "flow"
+    steps: int = 4  # of the sampler
+    time_buckets: int = 1000
+    beta: tuple[float, float] = (1.5, 1.0)  # flow: time is (span - b) / span for b of this distribution, so mass lies near noise
+    beta_span: float = 0.999
+    draws: int = 1  # noise draws a sample
+    future_weight: float = 0.2  # of the loss on future tokens
+    ema: float = 0.995  # of the bridge that makes the future's target
+    prefix: int = 0  # train with up to so many given action steps at the front, for chunking in real time
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """From hidden states of block k to chunks of actions."""
+
+    robots: tuple[str, ...] = ("panda", "xarm6", "xarm7", "widowxai")  # rows of the embodiments' weights, in order
+    intent_block: int = 14
+    intent_width: int = 3584
+    instruction: Literal["before", "after"] = "after"  # the pictures: in a causal decoder, pictures before it cannot see it
+    horizon: int = 16
+    bridge: BridgeConfig = BridgeConfig()
+    dit: DiTConfig = DiTConfig()
+    embodiment: EmbodimentConfig = EmbodimentConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    def __post_init__(self) -> None:
+        _check(len(set(self.robots)) == len(self.robots) > 0, f"policy.robots {list(self.robots)} must be different names, at least one")
+        _check(
+            0 <= self.objective.prefix < self.horizon,
+            f"objective.prefix is {self.objective.prefix}: it must be less than the horizon of {self.horizon}",
+        )
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 takes what is left."""
 

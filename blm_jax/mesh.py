@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from blm_jax.batch import Batch, VisionRows
+from blm_jax.batch import Batch, Chunks, IntentRows, RobotRows, VisionRows
 from blm_jax.config import BackboneConfig, MeshConfig
 from blm_jax.errors import RequestError
 
@@ -62,6 +62,7 @@ RULES = Rules(
         "ffn": ("tensor",),
         "vocab": ("tensor",),
         "norm": (),
+        "robots": (),
         # activations
         "batch": ("data", "fsdp"),
         "length": (),
@@ -88,7 +89,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 jax.tree_util.register_dataclass(VisionRows, ["patches", "windows", "frames", "places"], ["groups"])
-jax.tree_util.register_dataclass(Batch, [f.name for f in fields(Batch)], [])
+for _rows in (Batch, IntentRows, RobotRows, Chunks):
+    jax.tree_util.register_dataclass(_rows, [field.name for field in fields(_rows)], [])
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 

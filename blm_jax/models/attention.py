@@ -115,10 +115,17 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, cau
     )
 
 
-def attend_cached(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
-    """One query a row against a cache: q [rows, 1, heads, dim], keys and values [rows, kv_heads, room, dim], seen [rows, room]."""
-    rows, _, heads, dim = q.shape
-    q = q.reshape(rows, keys.shape[1], -1, dim) * dim**-0.5
-    scores = jnp.einsum("bhgd,bhsd->bhgs", q, keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1).astype(values.dtype)
-    return jnp.einsum("bhgs,bhsd->bhgd", weights, values).reshape(rows, 1, heads, dim)
+def attend_memory(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """Few queries against keys made before: a cache, a Perceiver's inputs, a condition.
+
+    q [rows, queries, heads, dim], keys and values [rows, kv_heads, memory, dim], seen [rows, memory] -> like q.
+    """
+    rows, queries, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    q = q.reshape(rows, queries, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4) * dim**-0.5
+    scores = jnp.einsum("bhqd,bhsd->bhqs", q.reshape(rows, kv_heads, -1, dim), keys, preferred_element_type=jnp.float32)
+    if seen is not None:
+        scores = jnp.where(seen[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    attended = jnp.einsum("bhqs,bhsd->bhqd", weights, values).reshape(q.shape)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, dim)

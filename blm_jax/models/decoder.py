@@ -10,7 +10,7 @@ from flax import nnx
 
 from blm_jax.config import AttentionName, ComputeConfig, DecoderConfig
 from blm_jax.mesh import constrain
-from blm_jax.models.attention import attend, attend_cached
+from blm_jax.models.attention import attend, attend_memory
 from blm_jax.models.layers import INIT_SCALE, Linear, RMSNorm, param, scan, stack, swiglu, unstack
 from blm_jax.models.rope import Rotary, rotate, text_rotary
 
@@ -88,6 +88,10 @@ class Decoder(nnx.Module):
         def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, None]:
             return block(x, rotary, segments)[0], None
 
+        if isinstance(self.blocks, nnx.List):  # taken apart for serving
+            for block in unstack(self.blocks)[:blocks]:
+                x, _ = body(x, block)
+            return x
         return scan(body, x, self.blocks, remat=self.compute.remat, blocks=blocks)[0]
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -115,6 +119,6 @@ class Decoder(nnx.Module):
             q, k, v = block.project(x, rotary)
             keys = constrain(jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), at, axis=2), CACHE)
             values = constrain(jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), at, axis=2), CACHE)
-            x = block.finish(x, attend_cached(q, keys, values, seen))
+            x = block.finish(x, attend_memory(q, keys, values, seen))
             grown.append(KeyValue(keys, values))
         return x, tuple(grown)

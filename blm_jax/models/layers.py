@@ -7,10 +7,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from blm_jax.config import Remat
-from blm_jax.mesh import Axes
+from blm_jax.mesh import Axes, param_sharding
 
 INIT_SCALE = 0.02  # the standard deviation Qwen2.5-VL's configuration names
 
@@ -55,6 +58,28 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    def __init__(self, width: int, *, affine: bool = True, eps: float = 1e-5):
+        self.eps = eps
+        self.scale = param(jnp.ones(width), ("norm",)) if affine else None
+        self.bias = param(jnp.zeros(width), ("norm",)) if affine else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.scale is not None and self.bias is not None:
+            wide = wide * self.scale[...] + self.bias[...]
+        return wide.astype(x.dtype)
+
+
+def sinusoid(x: jax.Array, features: int, longest: float) -> jax.Array:
+    """Waves of x, the longest of period 2 pi `longest`: [...] -> [..., features], cosines first."""
+    frequencies = longest ** -(np.arange(features // 2, dtype=np.float32) / (features // 2))
+    angles = x.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
 def swiglu(x: jax.Array, gate: Linear, up: Linear, down: Linear) -> jax.Array:
     return down(jax.nn.silu(gate(x)) * up(x))
 
@@ -85,26 +110,52 @@ REMAT: dict[Remat, Callable[..., Any] | None] = {
 
 
 def scan(
-    body: Callable[..., tuple[Carry, Any]], carry: Carry, stacked: nnx.Module, *, remat: Remat = "none", blocks: int | None = None
+    body: Callable[..., tuple[Carry, Any]],
+    carry: Carry,
+    stacked: nnx.Module,
+    *,
+    xs: tuple[Any, ...] = (),
+    remat: Remat = "none",
+    blocks: int | None = None,
 ) -> tuple[Carry, Any]:
-    """Run `body(carry, layer)` over the layers of a stack, or over the first `blocks` of them and no other.
+    """Run `body(carry, layer, *x)` over the layers of a stack, or over the first `blocks` of them and no other.
 
     Splitting once and merging inside the body costs nothing; nnx.scan by default was several times slower a step.
     """
     graph, state = nnx.split(stacked)
+    inputs = (state, xs)
     count = jax.tree.leaves(state)[0].shape[0]
     keep = count if blocks is None else blocks
 
-    def step(carry: Carry, layer: Any) -> tuple[Carry, Any]:
-        return body(carry, nnx.merge(graph, layer))
+    def step(carry: Carry, inputs: tuple[Any, tuple[Any, ...]]) -> tuple[Carry, Any]:
+        layer, x = inputs
+        return body(carry, nnx.merge(graph, layer), *x)
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     if keep == count:
-        return jax.lax.scan(step, carry, state)
+        return jax.lax.scan(step, carry, inputs)
 
     # Fewer blocks: index the stack inside the loop, since a slice of it outside would be a copy of the weights.
     def indexed(carry: Carry, i: jax.Array) -> tuple[Carry, Any]:
-        return step(carry, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), state))
+        return step(carry, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), inputs))
 
     return jax.lax.scan(indexed, carry, jnp.arange(keep))
+
+
+def shapes_of(make: Callable[[], nnx.Module], dtype: DTypeLike, mesh: Mesh | None) -> dict[str, Any]:
+    """The parameters `make` would make, as a nested dict of shapes with their shardings."""
+
+    def leaf(param: nnx.Param) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else param_sharding(mesh, param.axes, param.shape)
+        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=sharding)
+
+    state = nnx.state(nnx.eval_shape(make), nnx.Param)
+    return nnx.to_pure_dict(jax.tree.map(leaf, state, is_leaf=lambda x: isinstance(x, nnx.Param)))
+
+
+def around(make: Callable[[], Layer], params: dict[str, Any]) -> Layer:
+    """The module `make` would make, around parameters that exist already."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig, ComputeConfig
-from blm_jax.mesh import constrain, param_sharding
+from blm_jax.mesh import constrain
 from blm_jax.models.decoder import ACTIVATIONS, Cache, Decoder
-from blm_jax.models.layers import unstack
+from blm_jax.models.layers import around, shapes_of, unstack
 from blm_jax.models.vision import VisionTower
 
 
@@ -62,16 +63,9 @@ def place(x: jax.Array, visual: jax.Array, slots: jax.Array, groups: int) -> jax
     return jnp.where((slots >= 0)[..., None], chosen, x.reshape(groups, -1, width)).reshape(rows, length, width)
 
 
-def abstract_params(config: BackboneConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> dict[str, Any]:
+def abstract_params(config: BackboneConfig, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> dict[str, Any]:
     """Shapes of all parameters as a nested dict, with their shardings on a mesh; nothing is computed."""
-    model = nnx.eval_shape(lambda: Mllm(config, ComputeConfig(), rngs=nnx.Rngs(0)))
-
-    def leaf(param: nnx.Param) -> jax.ShapeDtypeStruct:
-        sharding = None if mesh is None else param_sharding(mesh, param.axes, param.shape)
-        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=sharding)
-
-    params = jax.tree.map(leaf, nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Param))
-    return nnx.to_pure_dict(params)
+    return shapes_of(lambda: Mllm(config, ComputeConfig(), rngs=nnx.Rngs(0)), dtype, mesh)
 
 
 def with_params(config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any], *, apart: bool = False) -> Mllm:
@@ -83,12 +77,10 @@ def with_params(config: BackboneConfig, compute: ComputeConfig, params: dict[str
             model.decoder.blocks = nnx.List(unstack(model.decoder.blocks))
         return model
 
-    graph, state = nnx.split(nnx.eval_shape(make))
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+    return around(make, params)
 
 
-def random_params(config: BackboneConfig, dtype: Any, mesh: Mesh | None, seed: int) -> dict[str, Any]:
+def random_params(config: BackboneConfig, dtype: DTypeLike, mesh: Mesh | None, seed: int) -> dict[str, Any]:
     """Parameters as they are before any training, made where they live."""
 
     def make() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from blm_jax import mesh as meshes
 from blm_jax.config import AttentionName, MeshConfig
 from blm_jax.errors import RequestError
 from blm_jax.mesh import make_mesh
-from blm_jax.models.attention import attend, attend_cached, choose
+from blm_jax.models.attention import attend, attend_memory, choose
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -65,7 +65,7 @@ def test_a_cached_step_equals_the_last_of_a_sequence() -> None:
     q, k, v, segments = make_inputs(90, 6, 2, 32)
     segments = jnp.ones_like(segments)
     expected = attend(q, k, v, segments, causal=True)[:, -1:]
-    ours = attend_cached(q[:, -1:], k.swapaxes(1, 2), v.swapaxes(1, 2), segments > 0)
+    ours = attend_memory(q[:, -1:], k.swapaxes(1, 2), v.swapaxes(1, 2), segments > 0)
     np.testing.assert_allclose(ours, expected, atol=1e-6, rtol=0)
 
 

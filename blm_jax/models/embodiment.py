@@ -1,0 +1,63 @@
+"""What is a robot's own: encoders of state and action, and the decoder of actions. Robots are rows of each weight."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blm_jax.config import EmbodimentConfig
+from blm_jax.models.layers import INIT_SCALE, param, sinusoid
+
+
+class GroupedLinear(nnx.Module):
+    """A product in which each row of x has its robot's weights.
+
+    x is laid into its robot's stretch of a row as long as all robots' inputs, zeros elsewhere: one plain product, in which no
+    weight is copied for a row of the batch. Inputs are narrow beside the transformer's, so the zeros cost little.
+    """
+
+    def __init__(self, robots: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.kernel = param(INIT_SCALE * jax.random.normal(rngs.params(), (robots, inputs, outputs)), ("robots", None, "embed"))
+        self.bias = param(jnp.zeros((robots, outputs)), ("robots", "embed"))
+
+    def __call__(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
+        """x [rows, tokens, inputs], chosen [rows, robots] one-hot -> [rows, tokens, outputs]."""
+        robots, inputs, outputs = self.kernel.shape
+        rows, tokens, _ = x.shape
+        laid = (x[:, :, None] * chosen[:, None, :, None].astype(x.dtype)).reshape(rows * tokens, robots * inputs)
+        y = laid @ self.kernel[...].reshape(robots * inputs, outputs).astype(x.dtype)
+        return y.reshape(rows, tokens, outputs) + (chosen @ self.bias[...]).astype(x.dtype)[:, None]
+
+
+class Embodiments(nnx.Module):
+    def __init__(self, robots: int, config: EmbodimentConfig, width: int, *, rngs: nnx.Rngs):
+        self.robots = robots
+        self.width = width
+
+        def linear(inputs: int, outputs: int) -> GroupedLinear:
+            return GroupedLinear(robots, inputs, outputs, rngs=rngs)
+
+        self.state_inner, self.state_outer = linear(config.state_width, config.hidden), linear(config.hidden, width)
+        self.action_inner = linear(config.action_width, width)
+        self.action_timed, self.action_outer = linear(2 * width, width), linear(width, width)
+        self.decode_inner, self.decode_outer = linear(width, config.hidden), linear(config.hidden, config.action_width)
+
+    def choose(self, robot: jax.Array) -> jax.Array:
+        """robot [rows] -> [rows, robots], float32."""
+        return jax.nn.one_hot(robot, self.robots)
+
+    def encode_state(self, state: jax.Array, chosen: jax.Array) -> jax.Array:
+        """state [rows, state_width] -> [rows, 1, width]."""
+        return self.state_outer(jax.nn.relu(self.state_inner(state[:, None], chosen)), chosen)
+
+    def encode_actions(self, actions: jax.Array, time: jax.Array, chosen: jax.Array) -> jax.Array:
+        """actions [rows, horizon, action_width], time [rows or 1, horizon] of each step -> [rows, horizon, width]."""
+        embedded = self.action_inner(actions, chosen)
+        waves = jnp.broadcast_to(sinusoid(time, self.width, longest=1e4).astype(embedded.dtype), embedded.shape)
+        timed = self.action_timed(jnp.concatenate([embedded, waves], axis=-1), chosen)
+        return self.action_outer(jax.nn.silu(timed), chosen)
+
+    def decode_actions(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
+        """x [rows, horizon, width] -> [rows, horizon, action_width]."""
+        return self.decode_outer(jax.nn.relu(self.decode_inner(x, chosen)), chosen)
