@@ -154,8 +154,7 @@ def _only_libtpu() -> bool:
 
 
 def _generate(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.config import HardwareConfig, SamplingConfig
-    from blm_jax.configfile import override
+    from blm_jax.config import SamplingConfig
     from blm_jax.infer import command
 
     given = {
@@ -166,8 +165,6 @@ def _generate(args: argparse.Namespace, process: int) -> Result:
         "seed": args.seed,
     }
     sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
-    changes = [f"mesh.{part}" for part in (args.mesh or "").split(",") if part]
-    hardware = override(HardwareConfig(), changes + ([f"compute.dtype={args.dtype}"] if args.dtype else []))
 
     def show(piece: str) -> None:
         if process == 0:
@@ -180,11 +177,37 @@ def _generate(args: argparse.Namespace, process: int) -> Result:
         videos=tuple(args.video),
         system=args.system,
         sampling=sampling,
-        hardware=hardware,
+        hardware=_hardware(args),
         on_text=show if args.stream else None,
     )
     if process == 0 and (args.stream or not args.json):
         _print("" if args.stream else result["text"])
+    return result
+
+
+def _hardware(args: argparse.Namespace) -> Any:
+    from blm_jax.config import HardwareConfig
+    from blm_jax.configfile import override
+
+    changes = [f"mesh.{part}" for part in (args.mesh or "").split(",") if part]
+    return override(HardwareConfig(), changes + ([f"compute.dtype={args.dtype}"] if args.dtype else []))
+
+
+def _act(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.infer import command
+
+    result = command.act(
+        model=args.model,
+        observations=args.observations,
+        robot=args.robot,
+        samples=args.samples,
+        steps=args.steps,
+        seed=args.seed,
+        out=args.out,
+        hardware=_hardware(args),
+    )
+    if process == 0 and not args.json:
+        _print(f"{result['path']}: {result['observations']} observations, {result['samples']} chunks each of {result['horizon']} steps")
     return result
 
 
@@ -232,6 +255,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(_command(commands, "generate", _generate, "answer a prompt about text, images and videos"))
+    _add_act(_command(commands, "act", _act, "sample chunks of actions for recorded observations"))
     _add_convert(_command(commands, "convert", _convert, "bring weights to the Hugging Face layout or to a checkpoint"))
     bench = _command(commands, "bench", _bench, "run a benchmark beside its peer", uses_jax=False)
     bench.add_argument("name", metavar="NAME", help="a script of benchmarks/, without .py; flags unknown to blm go to it")
@@ -267,9 +291,31 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (all)")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens that hold P of the probability (1)")
     parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same answer (0)")
+    _add_hardware(parser)
+    parser.add_argument("--stream", action="store_true", help="print the answer as it grows")
+
+
+def _add_act(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory with a policy/, local or in a bucket")
+    parser.add_argument("--observations", required=True, metavar="FILE.npz", help="state, instruction and images/CAMERA of each")
+    parser.add_argument("--robot", required=True, metavar="NAME", help="one of the policy's robots")
+    parser.add_argument("--samples", type=_at_least_one, default=1, metavar="N", help="chunks for each observation (1)")
+    parser.add_argument("--steps", type=_at_least_one, metavar="N", help="denoising steps (as the policy's config says)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
+    _add_hardware(parser)
+    parser.add_argument("--out", required=True, metavar="FILE.npz", help="where the chunks go, in the robot's own units")
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="SIZES", help="devices along each axis, such as data=2,fsdp=4,tensor=1; -1 takes what is left")
     parser.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (float32)")
-    parser.add_argument("--stream", action="store_true", help="print the answer as it grows")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,25 @@ def override(tree: Tree, overrides: Sequence[str]) -> Tree:
     return _build(type(tree), merged, "the command line", ())
 
 
+def read(cls: type[Tree], file: str | os.PathLike[str]) -> Tree:
+    """One file as a tree of this kind. It stands for itself: there is no `include`."""
+    from etils import epath  # slow to import, and only files need it
+
+    name = str(file)
+    entries = _file_entries(epath.Path(file), name)
+    return _build(cls, _fields(cls, entries, _Place(name)), name, ())
+
+
+def parse(cls: type[Tree], value: Any, source: str) -> Tree:
+    """A tree of this kind from what a JSON file holds."""
+    try:
+        text = yaml.dump(value, Dumper=_Writer, sort_keys=False, width=math.inf, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{source}: {' '.join(str(error).split())}") from error
+    node, place = _compose(text, source), _Place(source, lines=False)
+    return _build(cls, _fields(cls, _entries(node or yaml.ScalarNode("tag:yaml.org,2002:null", ""), place), place), source, ())
+
+
 def render(tree: Any) -> str:
     """Every field of the tree as YAML, defaults filled in, one a line. `load` reads it back as the same tree."""
     return "".join(f"{line}\n" for line in _lines(tree))
@@ -75,8 +94,12 @@ class _Writer(yaml.SafeDumper):
         # Only double quotes keep a line break or a control character on one line.
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
 
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # what is used twice is written twice
+
 
 _Writer.add_representer(str, _Writer.represent_str)
+_Writer.add_representer(tuple, _Writer.represent_list)
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
@@ -139,20 +162,23 @@ def _scalar(kind: Any, node: yaml.Node, place: _Place) -> Any:
     if get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
         if text not in choices:
-            raise place.error(node, f"{text!r} is not one of {', '.join(choices)}{_suggest(text, choices)}")
+            raise place.error(node, f"{text!r} is not one of {', '.join(choices)}{suggest(text, choices)}")
         return text
     if kind is str:
         return text
     if kind is bool and found == "bool":
         return text.lower() == "true"
-    if kind is int and found == "int":
-        return int(text)
-    if kind is float and found in ("int", "float"):
-        number = float(text.replace(".inf", "inf"))
-        if math.isinf(number) and not text.endswith(".inf"):
-            raise place.error(node, f"{text} is too large for a number: write .inf if infinity is meant")
-        return number
-    raise place.error(node, f"expected {_name(kind)}, found {_shown(node)}")
+    try:
+        if kind is int and found == "int":
+            return int(text)
+        number = float(text.replace(".inf", "inf")) if kind is float and found in ("int", "float") else None
+    except ValueError:  # not a number in spite of its tag, such as `!!int x`
+        number = None
+    if number is None:
+        raise place.error(node, f"expected {_name(kind)}, found {_shown(node)}")
+    if math.isinf(number) and not text.endswith(".inf"):
+        raise place.error(node, f"{text} is too large for a number: write .inf if infinity is meant")
+    return number
 
 
 def _items(arguments: tuple[Any, ...], node: yaml.Node, place: _Place) -> Iterable[Any]:
@@ -188,10 +214,11 @@ def _fields(cls: type, entries: dict[str, tuple[yaml.Node, yaml.Node]], place: _
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    return "no such key" + (_suggest(key, known) or f"; the keys here are {', '.join(known)}")
+    return "no such key" + (suggest(key, known) or f"; the keys here are {', '.join(known)}")
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a wrong word: the known one that is near, if there is one."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -219,15 +246,8 @@ def _read_file(cls: type, file: str | os.PathLike[str], including: tuple[str, ..
     name, identity = str(file), os.path.normpath(path)
     if identity in including:
         raise RequestError(f"{including[-1]}: includes itself: {' -> '.join((*including, identity))}")
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        asked = f" (included by {including[-1]})" if including else ""
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as text: {error}"
-        raise RequestError(f"{name}{asked}: {reason}") from error
     place = _Place(name)
-    node = _compose(text, name)
-    entries = {} if node is None or _kind(node) == "null" else _entries(node, place)
+    entries = _file_entries(path, name, f" (included by {including[-1]})" if including else "")
     merged: Partial = {}
     if INCLUDE in entries:
         for other in _value(tuple[str, ...], entries.pop(INCLUDE)[1], place.at(INCLUDE)):
@@ -236,6 +256,17 @@ def _read_file(cls: type, file: str | os.PathLike[str], including: tuple[str, ..
             _merge(merged, _read_file(cls, target, (*including, identity)))
     _merge(merged, _fields(cls, entries, place, (INCLUDE,)))
     return merged
+
+
+def _file_entries(path: Any, name: str, asked: str = "") -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """Keys and values of a file; none if it is empty."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as text: {error}"
+        raise RequestError(f"{name}{asked}: {reason}") from error
+    node = _compose(text, name)
+    return {} if node is None or _kind(node) == "null" else _entries(node, _Place(name))
 
 
 def _merge_overrides(merged: Partial, cls: type, overrides: Sequence[str]) -> None:
@@ -286,14 +317,29 @@ def _build(cls: type[Tree], partial: Partial, source: str, path: tuple[str, ...]
     for field in fields(cls):  # type: ignore[arg-type]
         kind, here = _hints(cls)[field.name], (*path, field.name)
         if field.name in partial:
-            value = partial[field.name]
-            values[field.name] = _build(_inner(kind), value, source, here) if is_dataclass(_inner(kind)) and value is not None else value
+            values[field.name] = _built(kind, partial[field.name], source, here)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise RequestError(f"{source}: {'.'.join(here)} is missing")
     try:
         return cls(**values)
     except RequestError as error:  # a check of the dataclass itself, which does not know where it stands
         raise RequestError(f"{source}: {'.'.join(path)}: {error}" if path else f"{source}: {error}") from error
+
+
+def _built(kind: Any, value: Any, source: str, path: tuple[str, ...]) -> Any:
+    """The value with every part of it that is a dataclass built."""
+    kind = _inner(kind)
+    if value is None:
+        return None
+    if is_dataclass(kind):
+        return _build(kind, value, source, path)  # type: ignore[arg-type]
+    if get_origin(kind) is dict:
+        return {key: _built(get_args(kind)[1], child, source, (*path, key)) for key, child in value.items()}
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return tuple(_built(one, child, source, (*path, str(i))) for i, (one, child) in enumerate(zip(kinds, value, strict=True)))
+    return value
 
 
 def _inner(kind: Any) -> Any:
@@ -306,7 +352,9 @@ def _inner(kind: Any) -> Any:
 def _partial(tree: Any) -> Any:
     if is_dataclass(tree):
         return {field.name: _partial(getattr(tree, field.name)) for field in fields(tree)}
-    return dict(tree) if isinstance(tree, dict) else tree
+    if isinstance(tree, dict):
+        return {key: _partial(value) for key, value in tree.items()}
+    return tuple(map(_partial, tree)) if isinstance(tree, tuple) else tree
 
 
 def _lines(tree: Any, indent: str = "") -> Iterable[str]:
@@ -318,11 +366,23 @@ def _lines(tree: Any, indent: str = "") -> Iterable[str]:
         elif isinstance(value, dict) and value:
             yield f"{indent}{field.name}:"
             yield from (f"{indent}  {_text(key)}: {_text(value[key])}" for key in sorted(value))
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            yield f"{indent}{field.name}:"
+            yield from (line for item in value for line in _item_lines(item, indent))
         else:
             yield f"{indent}{field.name}: {_text(value)}"
 
 
+def _item_lines(item: Any, indent: str) -> Iterable[str]:
+    """An item of a list: on one line if it holds nothing but scalars and lists of them."""
+    values = _partial(item)
+    if not any(isinstance(value, dict) or (isinstance(value, tuple) and value and isinstance(value[0], dict)) for value in values.values()):
+        yield f"{indent}- {_text(values)}"
+        return
+    for i, line in enumerate(_lines(item, indent + "  ")):
+        yield line if i else f"{indent}- {line[len(indent) + 2 :]}"
+
+
 def _text(value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.dump([plain], Dumper=_Writer, default_flow_style=True, width=math.inf, allow_unicode=True)
+    text = yaml.dump([value], Dumper=_Writer, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
     return text[1:-2]  # within a list, or the empty text and some others come out bare

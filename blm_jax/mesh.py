@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from blm_jax.batch import Batch, Chunks, IntentRows, RobotRows, VisionRows
 from blm_jax.config import BackboneConfig, MeshConfig
@@ -141,6 +141,13 @@ def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedShard
         if part == "fsdp" and shape[i] % mesh.shape["fsdp"]:
             parts[i] = None
     return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def of_one_layer(stacked: Sharding) -> Sharding | None:
+    """Where a layer lives once it is taken out of its stack: as before, less the first dimension. None on a single device."""
+    if not isinstance(stacked, NamedSharding):
+        return None
+    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
 
 
 def batch_shards(mesh: Mesh | None) -> int:

@@ -19,7 +19,7 @@ from blm_jax.config import (
     SamplingConfig,
     VisionConfig,
 )
-from blm_jax.configfile import load, override, render
+from blm_jax.configfile import load, override, parse, read, render
 from blm_jax.errors import RequestError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -132,6 +132,8 @@ def test_text_stays_as_it_is_written(write, small: Path, text: str) -> None:
         ("model.decoder.rope_theta=1_000", "expected a number, found '1_000' (text)"),
         ("model.decoder.rope_theta=true", "expected a number, found 'true' (bool)"),
         ("model.decoder.rope_theta=1e999", "1e999 is too large"),
+        ("model.decoder.rope_theta=!!float x", "expected a number, found 'x' (float)"),
+        ("model.decoder.layers=!!int x", "expected a whole number, found 'x' (int)"),
         ("model.decoder.mrope_section=3", "expected a list, found '3' (int)"),
         ("model.decoder.mrope_section=[2, 3, x]", "model.decoder.mrope_section.2: expected a whole number"),
         ("model.decoder=3", "model.decoder: expected keys and values, found '3' (int)"),
@@ -277,6 +279,35 @@ class Part:
 @dataclass(frozen=True)
 class Whole:
     part: Part | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    rows: tuple[Whole, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+
+ROWS = Rows((Whole(Part((5, 6.5))), Whole(None)), (Part(), Part((3, 0.5))))
+
+
+def test_lists_of_parts_are_read_and_written(write) -> None:
+    text = "rows:\n- part:\n    size: [5, 6.5]\n- {part: null}\nparts:\n- {size: [1, 2.0]}\n- {size: [3, 0.5]}\n"
+    assert render(ROWS) == text
+    assert (
+        read(Rows, write(text))
+        == parse(Rows, {"rows": [{"part": {"size": [5, 6.5]}}, {"part": None}], "parts": [{}, {"size": [3, 0.5]}]}, "x")
+        == ROWS
+    )
+    assert override(ROWS, ["parts=[]"]) == replace(ROWS, parts=())
+    file = write("parts:\n- {size: [1, 2]}\n- {siez: [1, 2]}\n")
+    assert message(read, Rows, file) == f"{file}:3: parts.1.siez: no such key; did you mean size?"
+    assert message(parse, Rows, {"rows": [{"prt": None}]}, "config.json") == "config.json: rows.0.prt: no such key; did you mean part?"
+    assert message(parse, Rows, {"rows": [{}]}, "config.json") == "config.json: rows.0.part is missing"
+    assert message(parse, Rows, [1], "config.json") == "config.json: expected keys and values, found a list"
+    assert (
+        message(parse, Rows, {"parts": [{"size": [1, float("nan")]}]}, "a") == "a: parts.0.size.1: expected a number, found '.nan' (float)"
+    )
+    assert "include: no such key" in message(read, Rows, write("include: [a.yaml]\n"))
 
 
 def test_an_optional_part_and_a_tuple_of_fixed_length() -> None:

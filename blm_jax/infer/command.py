@@ -1,4 +1,4 @@
-"""What `blm generate` does."""
+"""What `blm generate` and `blm act` do."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from blm_jax.config import HardwareConfig, SamplingConfig
+from blm_jax.data.observation import check, check_output, read_observations, write_chunks
 from blm_jax.data.prompt import user_turn
-from blm_jax.infer.session import load, open_engine
+from blm_jax.data.robots import find_robot
+from blm_jax.infer.act import load_actor
+from blm_jax.infer.engine import open_engine
+from blm_jax.infer.session import load
 from blm_jax.mesh import make_mesh
+from blm_jax.weights.policy import read_policy
 
 
 def generate(
@@ -45,4 +53,29 @@ def generate(
         "finish": answer.finish,
         "prompt_tokens": answer.prompt_tokens,
         "seconds": {"load": loaded - start, "generate": time.perf_counter() - loaded},
+    }
+
+
+def act(
+    *, model: str, observations: str, robot: str, samples: int, steps: int | None, seed: int, out: str, hardware: HardwareConfig
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    check_output(out)
+    seen = read_observations(observations)
+    robots = read_policy(model).robots
+    known = find_robot(robot, robots)
+    for observation in seen:
+        check(observation, known)
+    actor = load_actor(model, make_mesh(hardware.mesh), hardware.compute)
+    loaded = time.perf_counter()
+    chunks = np.stack(actor.sample_actions(seen, [robot] * len(seen), samples=samples, seed=seed, steps=steps))
+    if jax.process_index() == 0:
+        write_chunks(out, chunks, known)
+    return {
+        "path": out,
+        "observations": len(seen),
+        "samples": samples,
+        "horizon": chunks.shape[2],
+        "dimensions": [dimension.name for dimension in known.action],
+        "seconds": {"load": loaded - start, "act": time.perf_counter() - loaded},
     }

@@ -10,17 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from blm_jax import mesh as meshes
 from blm_jax.config import BackboneConfig, ComputeConfig, SamplingConfig
-from blm_jax.data.chat import Tokenizer, load_tokenizer
+from blm_jax.data.chat import Tokenizer
 from blm_jax.data.files import read_json
-from blm_jax.data.pixels import read_pixel_config
+from blm_jax.data.observation import Observation
 from blm_jax.data.prompt import Example, PromptEngine
+from blm_jax.errors import RequestError
+from blm_jax.infer.act import Actor, load_policy
+from blm_jax.infer.engine import open_engine
 from blm_jax.infer.generate import Generator
 from blm_jax.models.mllm import Mllm, abstract_params, with_params
 from blm_jax.weights.load import load_params
+from blm_jax.weights.policy import has_policy, read_policy
 from blm_jax.weights.source import assets_dir, read_config
 
 # Messages as OpenAI and transformers write them, or what the prompt engine made of them already.
@@ -54,12 +58,13 @@ class Habits:
 class Model:
     """What `blm_jax.load` gives."""
 
-    def __init__(self, mllm: Mllm, engine: PromptEngine, habits: Habits, mesh: Mesh | None):
+    def __init__(self, mllm: Mllm, engine: PromptEngine, habits: Habits, mesh: Mesh | None, actor: Actor | None = None):
         self.config: BackboneConfig = mllm.config
         self.mesh = mesh
         self.engine = engine
         self.tokenizer: Tokenizer = engine.tokenizer
         self.habits = habits
+        self.actor = actor
         self._generator = Generator(mllm, mesh, mllm.config.tokens.pad)
 
     def generate(self, messages: Conversation, sampling: SamplingConfig | None = None) -> Answer:
@@ -86,6 +91,12 @@ class Model:
             yield Answer(piece, tuple(row), "stop" if ended else "length", len(example.tokens))
         if rest := text.finish():
             yield Answer(rest, (), "stop" if ended else "length", len(example.tokens))
+
+    def sample_actions(self, observation: Observation, robot: str, *, samples: int = 1, seed: int = 0) -> np.ndarray:
+        """Chunks of actions in the robot's own units, [samples, horizon, dims]."""
+        if self.actor is None:
+            raise RequestError("this MODEL has no policy/: it answers questions, and drives no robot")
+        return self.actor.sample_actions([observation], [robot], samples=samples, seed=seed)[0]
 
     def _complete(self, sampling: SamplingConfig | None) -> SamplingConfig:
         sampling = sampling or SamplingConfig()
@@ -119,13 +130,12 @@ def load(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = No
     engine = engine or open_engine(path)
     habits = Habits.read(assets_dir(path), engine.tokenizer)
     params = load_params(path, abstract_params(config, jnp.dtype(compute.dtype), mesh))
-    return Model(for_serving(config, compute, params), engine, habits, mesh)
-
-
-def open_engine(path: str) -> PromptEngine:
-    """What turns messages into tokens and patches, without the weights: a wrong request is known before they are read."""
-    assets = assets_dir(path)
-    return PromptEngine(read_config(path), load_tokenizer(assets), read_pixel_config(assets))
+    mllm = for_serving(config, compute, params)
+    actor = None
+    if has_policy(path):
+        files = read_policy(path)
+        actor = Actor(mllm, load_policy(path, files, mesh, compute), files, engine, mesh)
+    return Model(mllm, engine, habits, mesh, actor)
 
 
 def for_serving(config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any]) -> Mllm:
@@ -145,6 +155,4 @@ def for_serving(config: BackboneConfig, compute: ComputeConfig, params: dict[str
 
 def _apart(stacked: jax.Array) -> list[jax.Array]:
     """The layers of a stacked parameter, each divided over the mesh as the stack was."""
-    where = stacked.sharding
-    layer = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])) if isinstance(where, NamedSharding) else None
-    return jax.jit(lambda stacked: list(stacked), out_shardings=layer)(stacked)
+    return jax.jit(lambda stacked: list(stacked), out_shardings=meshes.of_one_layer(stacked.sharding))(stacked)
