@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from blm_jax.errors import RequestError, RunError
 
 Result = dict[str, Any] | None
+INTERRUPTED = 128 + 2
 GOOGLE = "0x1ae0"  # vendor of TPU chips on the PCI bus
 # Each is set by one kind of launcher for every process it starts: Slurm's srun, Open MPI's mpirun, an indexed Kubernetes job.
 LAUNCHER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX")
@@ -28,6 +29,10 @@ def entry() -> NoReturn:
     os.dup2(2, 1)
     sys.stdout = open(answers, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
     code = main()
+    if code == INTERRUPTED:
+        # A device may be in the middle of a program: the interpreter's own way out would take its buffers from under it.
+        sys.stdout.flush()
+        os._exit(code)
     jax = sys.modules.get("jax")
     if code and jax is not None and jax.distributed.is_initialized():
         # An orderly end waits minutes for the other processes, which wait for this one: leave, and they are told.
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except KeyboardInterrupt:
-        return 128 + 2
+        return INTERRUPTED
     except Exception as error:
         return _report(error, process)
 
@@ -92,6 +97,8 @@ def _start_jax(args: argparse.Namespace) -> int:
     """Join the other processes of this run, if there are any. The number of this one: only 0 prints."""
     if not args.uses_jax:
         return 0
+    # Programs of a model are the same from run to run, and take longer to compile than to answer with.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "blm_jax" / "programs"))
     tpu = _has_tpu()
     if not tpu and "JAX_PLATFORMS" not in os.environ and _only_libtpu():
         os.environ["JAX_PLATFORMS"] = "cpu"  # a libtpu that finds no TPU complains at length

@@ -233,7 +233,9 @@ class SamplingConfig:
     stop: tuple[int, ...] = ()  # ids that end an answer besides the model's own
 
     def __post_init__(self) -> None:
-        _check(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        whole = isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1
+        _check(whole, f"max_new_tokens is {self.max_new_tokens}: it must be a whole number of at least 1")
+        _check(all(0 <= token < 2**31 for token in self.stop), f"stop holds {list(self.stop)}: ids of tokens lie between 0 and 2**31 - 1")
         _check(self.temperature >= 0, f"temperature is {self.temperature}: it must be 0 (greedy) or more")
         _check(self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}: it must be at least 1, or null for all tokens")
         _check(0 < self.top_p <= 1, f"top_p is {self.top_p}: it must lie above 0 and not above 1")

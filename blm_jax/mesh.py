@@ -163,11 +163,16 @@ def put(batch: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index, x=x: np.asarray(x)[index]), batch)
 
 
-def check(config: BackboneConfig, mesh: Mesh) -> None:
-    """Refuse a tensor axis that would cut through a head or a column of a feed-forward network."""
-    tensor = mesh.shape["tensor"]
+def serving(config: BackboneConfig) -> MeshConfig:
+    """The mesh for answering where none is asked for: weights stay where they are, divided by heads as far as that goes."""
+    count = jax.device_count()
+    tensor = int(np.gcd(count, np.gcd.reduce(list(_divided_by_tensor(config).values()))))
+    return MeshConfig(data=count // tensor, fsdp=1, tensor=tensor)
+
+
+def _divided_by_tensor(config: BackboneConfig) -> dict[str, int]:
     text, vision = config.decoder, config.vision
-    divided = {
+    return {
         "decoder heads": text.heads,
         "decoder key heads": text.kv_heads,
         "decoder ffn": text.ffn,
@@ -176,6 +181,12 @@ def check(config: BackboneConfig, mesh: Mesh) -> None:
         "vision ffn": vision.ffn,
         "merger width": vision.width * vision.merge**2,
     }
+
+
+def check(config: BackboneConfig, mesh: Mesh) -> None:
+    """Refuse a tensor axis that would cut through a head or a column of a feed-forward network."""
+    tensor = mesh.shape["tensor"]
+    divided = _divided_by_tensor(config)
     wrong = [f"{name} {size}" for name, size in divided.items() if size % tensor]
     if wrong:
         most = int(np.gcd.reduce(list(divided.values())))

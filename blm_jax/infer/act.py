@@ -89,7 +89,7 @@ class Actor:
         return decode_actions(kept, observation.state, self.files.statistics[robot.name], robot)
 
 
-def load_actor(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None) -> Actor:
+def load_actor(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None, engine: PromptEngine | None = None) -> Actor:
     """The policy of a MODEL and the first k blocks of its backbone: nothing above them is read."""
     compute = compute or ComputeConfig()
     files, config = read_policy(path), read_config(path)
@@ -97,7 +97,7 @@ def load_actor(path: str, mesh: Mesh | None = None, compute: ComputeConfig | Non
     below = replace(config, decoder=decoder)
     if mesh is not None:
         meshes.check(below, mesh)
-    engine = open_engine(path)
+    engine = engine or open_engine(path)
     params = load_params(path, abstract_params(below, jnp.dtype(compute.dtype), mesh))
     return Actor(with_params(below, compute, params), load_policy(path, files, mesh, compute), files, engine, mesh)
 

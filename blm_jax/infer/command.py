@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from blm_jax.config import HardwareConfig, SamplingConfig
+from blm_jax import mesh as meshes
+from blm_jax.config import HardwareConfig, MeshConfig, SamplingConfig
 from blm_jax.data.observation import check, check_output, read_observations, write_chunks
-from blm_jax.data.prompt import user_turn
+from blm_jax.data.prompt import PromptEngine, user_turn
 from blm_jax.data.robots import find_robot
 from blm_jax.infer.act import load_actor
 from blm_jax.infer.engine import open_engine
@@ -34,8 +36,8 @@ def generate(
     start = time.perf_counter()
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append(user_turn(prompt, images, videos))
-    mesh = make_mesh(hardware.mesh)
     engine = open_engine(model)
+    mesh = _mesh(hardware, engine)
     request = engine.encode(messages, add_generation_prompt=True)
     session = load(model, mesh, hardware.compute, engine)
     loaded = time.perf_counter()
@@ -56,6 +58,11 @@ def generate(
     }
 
 
+def _mesh(hardware: HardwareConfig, engine: PromptEngine) -> Mesh:
+    """As asked for; the default, which suits training, stands for what suits answering."""
+    return make_mesh(meshes.serving(engine.config) if hardware.mesh == MeshConfig() else hardware.mesh)
+
+
 def act(
     *, model: str, observations: str, robot: str, samples: int, steps: int | None, seed: int, out: str, hardware: HardwareConfig
 ) -> dict[str, Any]:
@@ -66,7 +73,8 @@ def act(
     known = find_robot(robot, robots)
     for observation in seen:
         check(observation, known)
-    actor = load_actor(model, make_mesh(hardware.mesh), hardware.compute)
+    engine = open_engine(model)
+    actor = load_actor(model, _mesh(hardware, engine), hardware.compute, engine)
     loaded = time.perf_counter()
     chunks = np.stack(actor.sample_actions(seen, [robot] * len(seen), samples=samples, seed=seed, steps=steps))
     if jax.process_index() == 0:

@@ -16,6 +16,7 @@ from blm_jax.batch import Batch
 from blm_jax.config import SamplingConfig
 from blm_jax.data.collate import collate
 from blm_jax.data.prompt import Example
+from blm_jax.errors import RequestError
 from blm_jax.infer.sampling import Method, Numbers, choose, method_of
 from blm_jax.models.decoder import Cache
 from blm_jax.models.mllm import Mllm
@@ -133,26 +134,38 @@ class Generator:
         self, examples: Sequence[Example], sampling: SamplingConfig, stop: Iterable[int], every: int | None = None
     ) -> Iterator[np.ndarray]:
         """Yields tokens [rows, n] chosen since the last look, pad after an answer's end; `every` tokens, or all at once."""
-        new = bucket(sampling.max_new_tokens, 32)
+        if every is not None and every < 1:
+            raise RequestError(f"an answer cannot be looked at every {every} tokens: it must be at least 1")
+        room = self.model.config.decoder.max_positions - max(len(example.tokens) for example in examples)
+        if room < 1:
+            raise RequestError(f"the prompt fills all {self.model.config.decoder.max_positions} positions of the model: shorten it")
+        longest = min(sampling.max_new_tokens, room)
         batch, lengths, positions = self._inputs(examples)
         method, numbers = method_of(sampling, self.model.config.decoder.vocab)
-        stops = Stops(np.array(sorted({*stop, *sampling.stop}), np.int32), np.int32(self.pad))
+        ids = sorted({*stop, *sampling.stop})
+        # As many as a multiple of eight: their number compiles in.
+        stops = Stops(np.array(ids + [-1] * (-len(ids) % 8), np.int32), np.int32(self.pad))
+        seed = np.uint32(sampling.seed)
+        # The mesh is in use while a program is called and never while the caller has its turn.
         with meshes.use(self.mesh):
-            state = _prefill(self.model, batch, lengths, positions, np.uint32(sampling.seed), stops, numbers, new=new, method=method)
-            told = 0
-            while True:
-                count = int(state.count)
-                if count > told:
-                    yield np.asarray(state.tokens)[: len(examples), told:count]
-                    told = count
-                if count >= sampling.max_new_tokens or np.asarray(state.done).all():
-                    return
-                until = sampling.max_new_tokens if every is None else min(count + every, sampling.max_new_tokens)
+            state = _prefill(self.model, batch, lengths, positions, seed, stops, numbers, new=bucket(longest, 32), method=method)
+        told = 0
+        while True:
+            count = int(state.count)
+            if count > told:
+                yield np.asarray(state.tokens)[: len(examples), told:count]
+                told = count
+            if count >= longest or np.asarray(state.done).all():
+                return
+            until = longest if every is None else min(count + every, longest)
+            with meshes.use(self.mesh):
                 state = _extend(self.model, state, np.int32(until), stops, numbers, method=method)
 
     def _inputs(self, examples: Sequence[Example]) -> tuple[Batch, np.ndarray, np.ndarray]:
         shards = meshes.batch_shards(self.mesh)
-        spare = -len(examples) % shards
+        # A power of two of rows a device, since their number compiles in.
+        rows_each = 1 << (-(-len(examples) // shards) - 1).bit_length()
+        spare = rows_each * shards - len(examples)
         rows = [[example] for example in examples] + [[] for _ in range(spare)]
         length = bucket(max(len(example.tokens) for example in examples))
         batch = collate(rows, self.model.config, length=length, row_multiple=shards)

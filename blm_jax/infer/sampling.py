@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from blm_jax.config import SamplingConfig
 
+COLDEST = 1e-6  # below, drawing is taking the likeliest
+
 
 @dataclass(frozen=True)
 class Method:
@@ -28,7 +30,7 @@ class Numbers(NamedTuple):
 
 
 def method_of(config: SamplingConfig, vocab: int) -> tuple[Method, Numbers]:
-    greedy = config.temperature == 0
+    greedy = config.temperature < COLDEST
     top_k = None if greedy or config.top_k is None or config.top_k >= vocab else config.top_k
     penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
     method = Method(greedy, top_k, not greedy and config.top_p < 1, penalty != 1)
@@ -42,7 +44,7 @@ def choose(logits: jax.Array, keys: jax.Array, seen: jax.Array | None, method: M
         logits = jnp.where(seen, jnp.where(logits > 0, logits / numbers.penalty, logits * numbers.penalty), logits)
     if method.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / numbers.temperature
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / numbers.temperature
     if method.top_k is None and not method.nucleus:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     # Sorted, the likeliest first. A tie at the edge of top-k goes to the lower id.

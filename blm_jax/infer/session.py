@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ Conversation = Sequence[Mapping[str, Any]] | Example
 class Answer:
     text: str
     tokens: tuple[int, ...]
-    finish: str  # "stop": the model ended it; "length": max_new_tokens did
+    finish: Literal["stop", "length"] | None  # the model ended it, or the room did; None in a piece that more will follow
     prompt_tokens: int
 
 
@@ -51,8 +51,12 @@ class Habits:
         path = assets / "generation_config.json"
         settings = read_json(path) if path.exists() else {}
         stop = settings.get("eos_token_id", tokenizer.eos)
-        ids = () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
-        return cls(ids, float(settings.get("repetition_penalty", 1.0)))
+        ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        penalty = settings.get("repetition_penalty")
+        penalty = 1.0 if penalty is None else penalty
+        if not all(isinstance(token, int) for token in ids) or not isinstance(penalty, int | float) or penalty <= 0:
+            raise RequestError(f"{path}: eos_token_id must hold token ids, and repetition_penalty be a number above 0")
+        return cls(tuple(ids), float(penalty))
 
 
 class Model:
@@ -74,23 +78,26 @@ class Model:
         """Answers to conversations of any lengths, decoded side by side."""
         sampling = self._complete(sampling)
         stops = {*self.habits.stop, *sampling.stop}
+        if not conversations:
+            return []
         examples = [self._encode(messages) for messages in conversations]
         parts = list(self._generator.stream(examples, sampling, stops))
         rows = np.concatenate(parts, axis=1).tolist()
         return [self._answer(example, row, stops) for example, row in zip(examples, rows, strict=True)]
 
     def stream(self, messages: Conversation, sampling: SamplingConfig | None = None, every: int = 4) -> Iterator[Answer]:
-        """The answer in pieces of `every` tokens: each an Answer of what is new; texts and tokens add up to what `generate` gives."""
+        """The answer in pieces of `every` tokens, each an Answer of what is new. They add up to what `generate` gives, and the
+        last says how it ended."""
         sampling = self._complete(sampling)
         stops = {*self.habits.stop, *sampling.stop}
         example = self._encode(messages)
         text = self.tokenizer.stream()
+        ended = False
         for tokens in self._generator.stream([example], sampling, stops, every):
             row, ended = _until(tokens[0].tolist(), stops)
             piece = "".join(text.push(token) for token in (row[:-1] if ended else row))
-            yield Answer(piece, tuple(row), "stop" if ended else "length", len(example.tokens))
-        if rest := text.finish():
-            yield Answer(rest, (), "stop" if ended else "length", len(example.tokens))
+            yield Answer(piece, tuple(row), None, len(example.tokens))
+        yield Answer(text.finish(), (), "stop" if ended else "length", len(example.tokens))
 
     def sample_actions(self, observation: Observation, robot: str, *, samples: int = 1, seed: int = 0) -> np.ndarray:
         """Chunks of actions in the robot's own units, [samples, horizon, dims]."""

@@ -15,6 +15,8 @@ from blm_jax.errors import RequestError
 from blm_jax.mesh import per_device, platform
 
 TILE = 128
+UNROLLED = 4096  # rows up to this long are cut into blocks while tracing, which skips what is masked
+LONG_BLOCK = 256
 MASKED = -1e30  # finite, so that a row with nothing to see gives an average and not NaN
 
 
@@ -56,30 +58,42 @@ def choose(wanted: AttentionName, length: int, dim: int, dtype: jnp.dtype) -> At
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, causal: bool) -> jax.Array:
-    """Blocks of queries, each one plain batched product against all the keys it can see.
+    """Blocks of queries, each one plain batched product against the keys it can see.
 
     Causal blocks stop at their last query, so what lies above the diagonal is skipped but for a corner of each block; query
-    heads of one key head are folded into the rows of the product. Several times faster on CPU than one five-axis einsum.
+    heads of one key head are folded into rows of the product. On CPU several times faster than one five-axis einsum.
     """
     rows, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(rows, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4) * dim**-0.5  # [rows, kv_heads, group, length, dim]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [rows, kv_heads, length, dim]
-    block = max(128, -(-length // 8))
-    outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        end = stop if causal else length
-        seen = segments[:, start:stop, None] == segments[:, None, :end]
+
+    def attended(part: jax.Array, places: jax.Array, own: jax.Array, end: int) -> jax.Array:
+        """Queries at `places` [block], of segments `own` [rows, block], against keys up to `end`; part is cut from q."""
+        seen = own[:, :, None] == segments[:, None, :end]
         if causal:
-            seen &= jnp.arange(start, stop)[:, None] >= jnp.arange(end)
-        part = q[:, :, :, start:stop]
+            seen &= places[:, None] >= jnp.arange(end)
         scores = jnp.einsum("bhqd,bhsd->bhqs", part.reshape(rows, kv_heads, -1, dim), k[:, :, :end], preferred_element_type=jnp.float32)
         scores = jnp.where(seen[:, None, None], scores.reshape(*part.shape[:-1], end), MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        attended = jnp.einsum("bhqs,bhsd->bhqd", weights.reshape(rows, kv_heads, -1, end), v[:, :, :end])
-        outputs.append(attended.reshape(part.shape))
-    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
+        return jnp.einsum("bhqs,bhsd->bhqd", weights.reshape(rows, kv_heads, -1, end), v[:, :, :end]).reshape(part.shape)
+
+    if length <= UNROLLED:
+        block = max(TILE, -(-length // 8))
+        cuts = [(start, min(start + block, length)) for start in range(0, length, block)]
+        parts = [attended(q[:, :, :, i:j], jnp.arange(i, j), segments[:, i:j], j if causal else length) for i, j in cuts]
+        out = jnp.concatenate(parts, axis=3)
+    else:
+        # One block at a time, its scores made again in the backward pass: memory grows with the length and not with its square.
+        count = -(-length // LONG_BLOCK)
+        spare = count * LONG_BLOCK - length
+        queries = jnp.pad(q, ((0, 0),) * 3 + ((0, spare), (0, 0))).reshape(*q.shape[:3], count, LONG_BLOCK, dim)
+        own = jnp.pad(segments, ((0, 0), (0, spare))).reshape(rows, count, LONG_BLOCK)
+        places = jnp.arange(count * LONG_BLOCK).reshape(count, LONG_BLOCK)
+        one = jax.checkpoint(lambda x: attended(x[0], x[1], x[2], length))
+        out = jax.lax.map(one, (jnp.moveaxis(queries, 3, 0), places, jnp.moveaxis(own, 1, 0)))
+        out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], -1, dim)[:, :, :, :length]
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, causal: bool) -> jax.Array:

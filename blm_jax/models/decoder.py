@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blm_jax.config import AttentionName, ComputeConfig, DecoderConfig
+from blm_jax.errors import RequestError
 from blm_jax.mesh import constrain
 from blm_jax.models.attention import attend, attend_memory
 from blm_jax.models.layers import INIT_SCALE, Linear, RMSNorm, param, scan, stack, swiglu, unstack
@@ -23,10 +24,8 @@ class Embedding(nnx.Module):
         self.embedding = param(INIT_SCALE * jax.random.normal(rngs.params(), (vocab, width)), ("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens]
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        # Whole rows on a device, or looking words up would have to move activations from one axis to another.
+        return constrain(self.embedding[...], ("vocab", None))[tokens]
 
 
 class DecoderBlock(nnx.Module):
@@ -83,6 +82,8 @@ class Decoder(nnx.Module):
 
     def hidden(self, x: jax.Array, positions: jax.Array, segments: jax.Array, blocks: int | None = None) -> jax.Array:
         """Hidden states after `blocks` blocks (all of them by default), before the final norm. What lies above never runs."""
+        if blocks is not None and not 0 <= blocks <= self.config.layers:
+            raise RequestError(f"block {blocks} is none of the decoder's: it has {self.config.layers}")
         rotary = text_rotary(positions, self.config)
 
         def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, None]:
@@ -95,8 +96,10 @@ class Decoder(nnx.Module):
         return scan(body, x, self.blocks, remat=self.compute.remat, blocks=blocks)[0]
 
     def logits(self, x: jax.Array) -> jax.Array:
-        x = self.norm(x)
-        return self.embed.attend(x) if self.head is None else self.head(x).astype(jnp.float32)
+        """Float32 whatever the compute type: bfloat16 would make ties of the likeliest tokens."""
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        logits = jnp.matmul(self.norm(x), kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        return constrain(logits, ("batch", "length", "vocab"))  # or a mesh would gather the head, and not its few products
 
     def prefill(self, x: jax.Array, positions: jax.Array, segments: jax.Array, room: int) -> tuple[jax.Array, Cache]:
         """-> hidden states, and a cache with `room` places of which the prompt fills the first."""

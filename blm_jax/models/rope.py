@@ -20,10 +20,15 @@ class Rotary(NamedTuple):
     sin: jax.Array
 
 
+def _frequencies(theta: float, count: int) -> np.ndarray:
+    """Rounded as the reference rounds, before the inversion: at position 100,000 the last bit of a frequency turns logits."""
+    return 1 / (theta ** (np.arange(count) / count)).astype(np.float32)
+
+
 def text_rotary(positions: jax.Array, config: DecoderConfig) -> Rotary:
     """positions [rows, 3, length] -> angles [rows, length, head_dim / 2]; each frequency follows one of the three axes."""
     half = config.head_dim // 2
-    frequencies = config.rope_theta ** -(np.arange(half, dtype=np.float32) / half)
+    frequencies = _frequencies(config.rope_theta, half)
     axis = np.concatenate([np.full(count, i % 3) for i, count in enumerate(config.mrope_section)])
     angles = positions.astype(jnp.float32)[:, axis].swapaxes(1, 2) * frequencies
     return Rotary(jnp.cos(angles), jnp.sin(angles))
@@ -32,7 +37,7 @@ def text_rotary(positions: jax.Array, config: DecoderConfig) -> Rotary:
 def vision_rotary(places: jax.Array, config: VisionConfig) -> Rotary:
     """places [rows, patches, 2] -> angles [rows, patches, head_dim / 2]: the first half by row, the second by column."""
     quarter = config.head_dim // 4
-    frequencies = VISION_THETA ** -(np.arange(quarter, dtype=np.float32) / quarter)
+    frequencies = _frequencies(VISION_THETA, quarter)
     angles = (places.astype(jnp.float32)[..., None] * frequencies).reshape(*places.shape[:-1], 2 * quarter)
     return Rotary(jnp.cos(angles), jnp.sin(angles))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,26 @@ def test_equals_torch(implementation: AttentionName, length: int, heads: int, kv
     inputs = make_inputs(length, heads, kv_heads, dim)
     ours = jax.jit(lambda *x: attend(*x, causal=causal, implementation=implementation))(*inputs)
     np.testing.assert_allclose(ours, reference(*inputs, causal), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_long_rows_go_block_by_block(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    """Without all scores at once: the same values and gradients, in less memory."""
+    q, k, v, segments = make_inputs(1500, 4, 2, 16)
+
+    def value(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(attend(q, k, v, segments, causal=causal)))
+
+    def compiled() -> jax.stages.Compiled:
+        return jax.jit(jax.value_and_grad(lambda *x: value(*x), (0, 1, 2))).lower(q, k, v).compile()
+
+    whole = compiled()
+    monkeypatch.setattr("blm_jax.models.attention.UNROLLED", 1000)
+    blocks = compiled()
+    for one, other in zip(jax.tree.leaves(blocks(q, k, v)), jax.tree.leaves(whole(q, k, v)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-5)
+    memory: list[Any] = [program.memory_analysis() for program in (blocks, whole)]
+    assert memory[0].temp_size_in_bytes < memory[1].temp_size_in_bytes / 2
 
 
 def test_splash_has_the_same_gradients() -> None:
