@@ -1,6 +1,6 @@
 """Peak host memory and time of converting a 3B layout: Hub -> checkpoint -> Hub, each in a process of its own.
 
-    python benchmarks/convert_memory.py [--work DIR] [--out FILE]
+    blm bench convert_memory [--work DIR] [--out FILE]
 
 Weights are random bits in bfloat16, made here. The bound is 3 GB of resident memory in both directions.
 """
@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from blm_jax.config import BackboneConfig, DecoderConfig, VisionConfig
+from blm_jax.errors import RunError
 from blm_jax.weights.config_json import to_json
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.hub import INDEX
@@ -66,7 +67,7 @@ def measured(src: Path, dst: Path, to: str) -> dict[str, Any]:
     answer = json.loads(process.stdout.read())
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"converting to {to} failed")
+        raise RunError(f"converting to {to} failed")
     peak = usage.ru_maxrss * 1024
     seconds = time.monotonic() - started
     return {
@@ -79,11 +80,13 @@ def measured(src: Path, dst: Path, to: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="blm bench convert_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", help="where 23 GB fit for a while (default: the system's temporary directory)")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     work = Path(tempfile.mkdtemp(prefix="convert-memory-", dir=arguments.work))
     try:
         write_random_hub(work / "hub", LAYOUT_3B)
@@ -110,8 +113,13 @@ def main() -> None:
         print(f"{run['to']:<12}{run['peak_bytes'] / 1e9:>9.2f}{run['seconds']:>9.1f}{run['gigabytes_per_second']:>7.2f}{run['files']:>7}")
     print(f"bit identical: {result['bit_identical']}; bound {BOUND / 1e9:.0f} GB")
     if not result["bit_identical"] or any(run["peak_bytes"] > BOUND for run in runs):
-        raise SystemExit(1)
+        raise RunError("the bound does not hold, or bits changed on the way")
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except RunError as error:
+        print(f"convert_memory: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,6 +1,6 @@
 """How far our pixels lie from those of transformers' torchvision processors, which most deployments run.
 
-    python benchmarks/pixels.py [--out FILE]
+    blm bench pixels [--out FILE]
 
 Both resize by an antialiased bicubic filter, but round differently. Differences are in levels of a pixel, 0 to 255, after
 undoing the normalisation. The PIL processor runs beside them: there the difference is to be 0.
@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from blm_jax.data.files import one_line
 from blm_jax.data.pictures import Picture, prepare_picture
 from blm_jax.data.pixels import PixelConfig
 from blm_jax.data.video import prepare_video
+from blm_jax.errors import RequestError
 
 RESULT = Path(__file__).parent / "results" / "pixels.json"
 CONFIG = PixelConfig()
@@ -98,16 +100,15 @@ def measure() -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="blm bench pixels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         import torch
         import torchvision  # type: ignore[import-not-found]
     except Exception as error:
-        print(f"the torchvision processors cannot run here, so nothing was measured: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise RequestError(f"the torchvision processors cannot run here, so nothing was measured: {one_line(error)}") from None
     torch.set_num_threads(1)
     rows = measure()
     versions = {name: importlib.metadata.version(name) for name in ("blm-jax", "numpy", "pillow", "torch", "transformers")}
@@ -125,7 +126,12 @@ def main() -> None:
         print(
             f"{row['input']:<22}{row['reference']:<14}{row['max']:>8.3f}{row['mean']:>9.4f}{row['our_seconds']:>9.2f}{row['their_seconds']:>10.2f}"
         )
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except RequestError as error:
+        print(f"pixels: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

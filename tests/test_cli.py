@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from blm_jax.config import ComputeConfig, HardwareConfig, MeshConfig, SamplingCo
 from blm_jax.convert import command as convert_command
 from blm_jax.errors import RequestError, RunError
 from blm_jax.infer import command as generate_command
+from tests.tiny_model import write_tiny_model
+from tests.weights.hub_dirs import read_tensors, write_tensors
 
 ROOT = Path(__file__).parent.parent
 BLM = [sys.executable, "-m", "blm_jax.cli"]
@@ -167,6 +171,22 @@ def test_convert(text: str, size: int, calls: list[dict[str, Any]], capsys: pyte
     assert capsys.readouterr().out == "dst: 7 tensors, 0.00 GB, 1.0 s\n"
 
 
+SCRIPTS = sorted(script for script in (ROOT / "benchmarks").glob("*.py") if not script.stem.startswith("_"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_every_benchmark_takes_one_list(script: Path) -> None:
+    functions = {node.name: node for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)}
+    arguments = functions["main"].args
+    assert [ast.unparse(argument.annotation) for argument in arguments.args if argument.annotation] == ["list[str]"]
+    assert ast.unparse(arguments) == "argv: list[str]"
+
+
+def test_a_benchmark_has_help_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/pixels.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "torchvision" in done.stdout and "--out" in done.stdout
+
+
 def test_bench_runs_a_script_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "blm_jax" / "cli.py"))
     assert cli.main(["bench", "speed_of_tests"]) == 2
@@ -201,6 +221,48 @@ def test_failures_are_one_line(
     assert cli.main(GENERATE) == code
     err = capsys.readouterr().err
     assert err.startswith("Traceback") and err.endswith(line + "\n")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def cut(model: Path) -> None:
+    os.truncate(model / "model.safetensors", 1_000_000)
+
+
+def drop_a_tensor(model: Path) -> None:
+    tensors = read_tensors(model)
+    del tensors["model.norm.weight"]
+    write_tensors(model, tensors)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut, "model.safetensors is truncated: its header speaks of"),
+        (drop_a_tensor, "model.norm.weight is missing from its safetensors files"),
+    ],
+)
+def test_weights_that_are_damaged_are_one_line(
+    damage: Callable[[Path], None], says: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    damage(model)
+    for argv in (["generate", str(model), "--prompt", "Hi"], ["convert", str(model), str(tmp_path / "out"), "--to", "checkpoint"]):
+        assert cli.main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("blm: error: ") and says in err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("to", ["hf", "checkpoint"])
+def test_an_output_that_exists_is_one_line(to: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert cli.main(["convert", str(tiny), str(tmp_path / "out"), "--to", to]) == 2
+    assert capsys.readouterr() == ("", f"blm: error: {tmp_path / 'out'} exists; choose another directory or remove it\n")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out", "mine")]
 
 
 def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,4 +32,6 @@ def write_tiny_model(directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    write_tiny_model(Path(sys.argv[1]))
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: python -m tests.tiny_model DIRECTORY")
+    print(f"{write_tiny_model(Path(sys.argv[1]))}: a small random model, and picture.png to ask it about")

@@ -14,13 +14,16 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from blm_jax.convert.output import Output, Team
+from blm_jax.convert.output import Output
+from blm_jax.convert.team import Team
+from blm_jax.data.files import open_path
 from blm_jax.errors import RequestError, RunError
 from blm_jax.weights import checkpoint
 from blm_jax.weights.config_json import read_config_json, with_video_positions
 from blm_jax.weights.fingerprint import combine, hashed_pieces, progress, tensor_bytes
 from blm_jax.weights.hub import INDEX, asset_names
 from blm_jax.weights.names import Tensor, hub_tensors
+from blm_jax.weights.policy import POLICY, check_policy, copy_policy, has_policy, policy_bytes
 from blm_jax.weights.safetensors_file import CODES, PlannedFile, is_local, plan_files
 from blm_jax.weights.source import PathLike, Source, open_source
 
@@ -31,6 +34,7 @@ _WRITERS = 2  # pieces written at a time, beside the one that is hashed
 def convert(src: PathLike, dst: PathLike, to: Form, *, max_shard_bytes: int = 5_000_000_000) -> dict[str, Any]:
     """Write the MODEL at `src` to a new directory `dst`: as a Hugging Face directory or as an orbax checkpoint.
 
+    A policy beside the backbone travels with it, byte for byte.
     In a run of several processes each of them calls this and writes a part. Returns what `blm convert --json` prints.
     """
     if to not in ("hf", "checkpoint"):
@@ -39,12 +43,16 @@ def convert(src: PathLike, dst: PathLike, to: Form, *, max_shard_bytes: int = 5_
         raise RequestError(f"files of at most {max_shard_bytes} bytes hold nothing; give a larger size")
     started = time.monotonic()
     team = Team.of_all_processes()
+    target = team.together(lambda: open_path(dst))
     source = team.together(lambda: open_source(src))
     tensors = hub_tensors(source.entries)
     total = sum(tensor_bytes(source, tensor) for tensor in tensors)
+    policy = epath.Path(src) / POLICY if has_policy(src) else None
+    if policy is not None:
+        team.together(lambda: check_policy(src))
     try:
-        with Output(epath.Path(dst), total, team) as output:
-            work = _Work(source, tensors, output.directory, team)
+        with Output(target, total + (policy_bytes(policy) if policy else 0), team) as output:
+            work = _Work(source, tensors, policy, output.directory, team)
             fingerprint = work.to_hub(max_shard_bytes) if to == "hf" else work.to_checkpoint(str(src))
             files = len(_files(output.directory)) if team.leads else 0
     except OSError as error:
@@ -64,6 +72,7 @@ def convert(src: PathLike, dst: PathLike, to: Form, *, max_shard_bytes: int = 5_
 class _Work:
     source: Source
     tensors: list[Tensor]
+    policy: epath.Path | None
     directory: epath.Path
     team: Team
 
@@ -95,6 +104,7 @@ class _Work:
         homes = {name: file.name for file in plan for name in file.tensors}
         index = {"metadata": {"total_size": sum(file.data_bytes for file in plan)}, "weight_map": dict(sorted(homes.items()))}
         (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        self._copy_policy()
         self._copy_assets(self.directory)  # config.json last: without it this is no MODEL
 
     def to_checkpoint(self, origin: str) -> str:
@@ -126,11 +136,16 @@ class _Work:
         source = self.source
         dtypes = {tensor: source.dtype_of(tensor) for tensor in self.tensors}
         narrowed = {tensor.name: CODES[dtype] for tensor, dtype in dtypes.items() if dtype != source.dtype(tensor.entry)}
+        self._copy_policy()
         self._copy_assets(self.directory / checkpoint.ASSETS)
         provenance = checkpoint.provenance(origin, fingerprint, source.config, narrowed)
         (self.directory / checkpoint.PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
         checkpoint.write_tree(self.directory, source.entries)
         (self.directory / checkpoint.COMMIT).write_text("")
+
+    def _copy_policy(self) -> None:
+        if self.policy is not None:
+            copy_policy(self.policy, self.directory / POLICY)
 
     def _copy_assets(self, directory: epath.Path) -> None:
         """Everything beside the weights, as it is; config.json last."""

@@ -5,66 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
 
-import numpy as np
 from etils import epath
 
-from blm_jax.errors import RequestError, RunError
+from blm_jax.convert.team import Team
+from blm_jax.errors import RequestError
 from blm_jax.weights.safetensors_file import is_local
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes of one run. All of them take the same steps; process 0 leads."""
-
-    index: int = 0
-    count: int = 1
-
-    @staticmethod
-    def of_all_processes() -> Team:
-        import jax  # late: alone, a process has no need of devices
-
-        if not jax.distributed.is_initialized():
-            return Team()
-        return Team(jax.process_index(), jax.process_count())
-
-    @property
-    def leads(self) -> bool:
-        return self.index == 0
-
-    def share(self, work: list[Result]) -> list[Result]:
-        return work[self.index :: self.count]
-
-    def together(self, step: Callable[[], Result]) -> Result:
-        """Take a step and wait for the others. Where one fails, all do."""
-        try:
-            result = step()
-        except Exception:
-            self._gather(np.ones((), np.uint8))
-            raise
-        failed = np.flatnonzero(self._gather(np.zeros((), np.uint8)))
-        if failed.size:
-            raise RunError(f"process {failed[0]} of {self.count} failed; its own message says why")
-        return result
-
-    def merge(self, digests: dict[str, bytes], names: list[str]) -> dict[str, bytes]:
-        """SHA-256 of every tensor, from the processes that have hashed them."""
-        mine = np.stack([np.frombuffer(digests.get(name, bytes(32)), np.uint8) for name in names])
-        merged = np.bitwise_or.reduce(self._gather(mine), axis=0)
-        return {name: row.tobytes() for name, row in zip(names, merged, strict=True)}
-
-    def _gather(self, value: np.ndarray) -> np.ndarray:
-        if self.count == 1:
-            return value[None]
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(value))
 
 
 class Output:
@@ -95,7 +42,7 @@ class Output:
             self._unlock()
 
     def _check(self) -> None:
-        if self.target.exists():
+        if self.target.exists() or (self.local and os.path.lexists(self.target)):  # a link may lead nowhere
             raise RequestError(f"{self.target} exists; choose another directory or remove it")
         if not self.local:
             return
@@ -108,7 +55,13 @@ class Output:
 
     def _commit(self) -> None:
         if self.team.leads and self.local:
+            # After a loss of power there must not be a name without its contents.
+            for folder, _, files in os.walk(self.directory):
+                for name in files:
+                    _sync(os.path.join(folder, name))
+                _sync(folder)
             os.rename(self.directory, self.target)
+            _sync(self.target.parent)
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -131,3 +84,11 @@ class Output:
             raise RequestError(f"{self.target} is being written by another process; wait for it or choose another directory") from None
         except OSError as error:
             raise RequestError(f"{self.target} cannot be written: {error.strerror or error}") from None
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -19,7 +19,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from blm_jax.data.files import one_line, read_json
+from blm_jax.data.files import one_line, read_json, read_text
 from blm_jax.errors import RequestError
 
 # How Qwen2 cuts text into words; needed only where the files hold a vocabulary and merges but no tokenizer.json.
@@ -134,8 +134,9 @@ def load_tokenizer(directory: epath.PathLike) -> Tokenizer:
     settings = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").exists() else {}
     if (directory / "tokenizer.json").exists():
         path = directory / "tokenizer.json"
+        text = read_text(path)
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text())
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the package raises bare Exception
             raise RequestError(f"{path} cannot be read as a tokenizer: {one_line(error)}") from error
     elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
@@ -155,7 +156,7 @@ def load_tokenizer(directory: epath.PathLike) -> Tokenizer:
 def backend_from_merges(directory: epath.Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer of Qwen2 from its older files."""
     vocabulary = read_json(directory / "vocab.json")
-    lines = (directory / "merges.txt").read_text().split("\n")
+    lines = read_text(directory / "merges.txt").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if any(len(merge) != 2 for merge in merges):
         raise RequestError(f"{directory / 'merges.txt'}: every line must hold two parts of a token")
@@ -181,12 +182,17 @@ def backend_from_merges(directory: epath.Path, settings: Mapping[str, Any]) -> t
 def read_template(directory: epath.Path, settings: Mapping[str, Any]) -> str | None:
     """The newest of the three places where a model keeps its chat template."""
     if (directory / "chat_template.jinja").exists():
-        return (directory / "chat_template.jinja").read_text()
+        return read_text(directory / "chat_template.jinja")
     template = settings.get("chat_template")
     if (directory / "chat_template.json").exists():
         template = read_json(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    try:
+        if isinstance(template, list):  # several by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    except (KeyError, TypeError):
+        template = False
+    if not isinstance(template, str | None):
+        raise RequestError(f"{directory}: chat_template must be a text, or a list of objects with a name and a template")
     return template
 
 

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib.util
 import json
+import os
 import urllib.parse
 from typing import Any
 
 from etils import epath
 
 from blm_jax.errors import RequestError
+
+# What reads a kind of bucket, and how to install it.
+BUCKETS = {"gs": ("gcsfs", "pip install 'blm-jax[gcs]'"), "s3": ("s3fs", "pip install s3fs")}
+
+
+def open_path(path: epath.PathLike) -> epath.Path:
+    """A path a user gave, local or in a bucket that can be read here."""
+    kind, mark, _ = os.fspath(path).partition("://")
+    if mark and kind not in BUCKETS:
+        raise RequestError(f"{path}: no such kind of path; buckets begin with {' or '.join(f'{known}://' for known in BUCKETS)}")
+    if mark and importlib.util.find_spec(BUCKETS[kind][0]) is None:
+        raise RequestError(f"{path} lies in a bucket: install what reads it with {BUCKETS[kind][1]}")
+    return epath.Path(path)
 
 
 def read_source(source: Any, kind: str) -> tuple[bytes, str]:
@@ -32,7 +47,7 @@ def source_path(source: Any, kind: str) -> epath.Path:
         text = urllib.parse.unquote(urllib.parse.urlparse(text).path)
     if text.startswith(("http:", "https:")):
         raise RequestError(f"{kind} {text} is not fetched from the net: give a path, or the contents as a data: URL")
-    path = epath.Path(text)
+    path = open_path(text)
     if not path.exists():
         raise RequestError(f"{kind} {path} does not exist")
     return path
@@ -51,11 +66,18 @@ def read_data_url(url: str, kind: str) -> bytes:
 def read_json(path: epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise RequestError(f"{path} must hold a JSON object")
     return value
+
+
+def read_text(path: epath.Path) -> str:
+    try:
+        return path.read_text()
+    except (ValueError, OSError) as error:
+        raise RequestError(f"{path} cannot be read as text: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:

@@ -48,16 +48,16 @@ def load_image(source: Any) -> Image.Image:
     As in transformers, files are turned upright and lose their transparency, while a PIL image keeps its orientation and is
     laid on white.
     """
-    if isinstance(source, Image.Image):
-        return on_white(source)
     if isinstance(source, np.ndarray):
         return Image.fromarray(rgb_array(source))
-    name = "the picture"
+    data, name = b"", "the picture"
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
-    else:
+    elif not isinstance(source, Image.Image):
         data, name = read_source(source, "picture")
     try:
+        if isinstance(source, Image.Image):
+            return on_white(source)  # PIL reads the file of an image only now
         return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     except UnidentifiedImageError:
         raise RequestError(f"{name} is no picture in a format known here: give PNG, JPEG, WebP or the like") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,58 +64,102 @@ def read_pixel_config(directory: epath.PathLike) -> PixelConfig:
     """The settings of a model directory, from the newer processor_config.json or the older preprocessor_config.json."""
     directory = epath.Path(directory)
     nested = read_settings(directory, "processor_config.json")
-    picture = nested.get("image_processor") or read_settings(directory, "preprocessor_config.json")
+    picture = nested.section("image_processor") or read_settings(directory, "preprocessor_config.json")
     if not picture:
         raise RequestError(f"{directory} has no preprocessor_config.json: pictures cannot be prepared as the model expects them")
     # The limits for pictures are no limits for the frames of a video, which have files of their own or the defaults.
-    video = nested.get("video_processor") or read_settings(directory, "video_preprocessor_config.json")
+    video = nested.section("video_processor") or read_settings(directory, "video_preprocessor_config.json")
     for name in ("do_resize", "do_rescale", "do_normalize"):
-        if picture.get(name) is False:
+        if picture.values.get(name) is False:
             raise RequestError(f"{directory}: the preprocessor sets {name} to false, which is not supported")
     default = PixelConfig()
     low, high = pixel_limits(picture, default.min_pixels, default.max_pixels)
     config = PixelConfig(
         min_pixels=low,
         max_pixels=high,
-        patch=picture.get("patch_size", default.patch),
-        temporal_patch=picture.get("temporal_patch_size", default.temporal_patch),
-        merge=picture.get("merge_size", default.merge),
-        mean=tuple(picture.get("image_mean", default.mean)),
-        std=tuple(picture.get("image_std", default.std)),
-        rescale=picture.get("rescale_factor", default.rescale),
-        resample=picture.get("resample", default.resample),
+        patch=picture.whole("patch_size", default.patch),
+        temporal_patch=picture.whole("temporal_patch_size", default.temporal_patch),
+        merge=picture.whole("merge_size", default.merge),
+        mean=picture.three("image_mean", default.mean),
+        std=picture.three("image_std", default.std, above=0),
+        rescale=picture.number("rescale_factor", default.rescale),
+        resample=picture.filter("resample", default.resample),
     )
     return replace(config, video=video_config(video, config))
 
 
-def read_settings(directory: epath.Path, name: str) -> dict[str, Any]:
-    return read_json(directory / name) if (directory / name).exists() else {}
+@dataclass(frozen=True)
+class Settings:
+    """The values of a preprocessor's file, checked as they are read. What is null counts as absent."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def get(self, name: str, default: Any, holds: Callable[[Any], bool], wanted: str) -> Any:
+        value = self.values.get(name)
+        if value is not None and not holds(value):
+            raise RequestError(f"{self.where}: {name} is {value!r}, but {wanted}")
+        return default if value is None else value
+
+    def number(self, name: str, default: float) -> float:
+        return self.get(name, default, lambda value: is_number(value, above=0), "a number above 0 is needed")
+
+    def whole(self, name: str, default: int) -> int:
+        def holds(value: Any) -> bool:
+            return is_number(value, above=0) and value == int(value)
+
+        return int(self.get(name, default, holds, "a whole number above 0 is needed"))
+
+    def three(self, name: str, default: tuple[float, ...], above: float = -math.inf) -> tuple[float, ...]:
+        def holds(value: Any) -> bool:
+            return isinstance(value, list) and len(value) == 3 and all(is_number(item, above) for item in value)
+
+        wanted = "three numbers" if above == -math.inf else f"three numbers above {above:g}"
+        return tuple(self.get(name, default, holds, f"{wanted} are needed"))
+
+    def filter(self, name: str, default: int) -> int:
+        return self.get(name, default, lambda value: type(value) is int and 0 <= value <= 5, "a filter of PIL, 0 to 5, is needed")
+
+    def section(self, name: str) -> Settings:
+        return Settings(self.get(name, {}, lambda value: isinstance(value, dict), "an object is needed"), f"{self.where}: {name}")
 
 
-def pixel_limits(settings: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
+def is_number(value: Any, above: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf
+
+
+def read_settings(directory: epath.Path, name: str) -> Settings:
+    path = directory / name
+    return Settings(read_json(path) if path.exists() else {}, str(path))
+
+
+def pixel_limits(settings: Settings, low: int, high: int) -> tuple[int, int]:
     """Newer files write min_pixels and max_pixels as edges of `size`, which hold pixels none the less."""
-    size = settings.get("size") or {}
-    low = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or low
-    high = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or high
-    return int(low), int(high)
+    size = settings.section("size")
+    low = settings.whole("min_pixels", size.whole("shortest_edge", size.whole("min_pixels", low)))
+    high = settings.whole("max_pixels", size.whole("longest_edge", size.whole("max_pixels", high)))
+    return low, high
 
 
-def video_config(settings: Mapping[str, Any], pixels: PixelConfig) -> VideoConfig:
+def video_config(settings: Settings, pixels: PixelConfig) -> VideoConfig:
     default = VideoConfig()
     low, high = pixel_limits(settings, default.min_pixels, default.max_pixels)
     return VideoConfig(
-        fps=settings.get("fps") or default.fps,
-        min_frames=settings.get("min_frames") or default.min_frames,
-        max_frames=settings.get("max_frames") or default.max_frames,
+        fps=settings.number("fps", default.fps),
+        min_frames=settings.whole("min_frames", default.min_frames),
+        max_frames=settings.whole("max_frames", default.max_frames),
         min_pixels=low,
         max_pixels=high,
-        total_pixels=int((settings.get("max_video_tokens") or 128_000) * pixels.factor**2 * 0.9),
+        total_pixels=int(settings.whole("max_video_tokens", 128_000) * pixels.factor**2 * 0.9),
     )
 
 
 def check_positive(kind: str, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if not is_number(value, above=0):
             raise RequestError(f"{name} of a {kind} must be a number above 0, not {value!r}")
 
 

@@ -85,6 +85,8 @@ class PromptEngine:
         {"type": "video", "video": ..., "fps": ...}. Where `images` or `videos` are given, the tags <image> and <video>
         in texts stand for them, in order; otherwise such tags are text like any other.
         """
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise RequestError(f"messages are a list such as [{{'role': 'user', 'content': 'Hello'}}], not {type(messages).__name__}")
         turns = [read_message(message) for message in messages]
         if not turns:
             raise RequestError("there are no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}")
@@ -93,6 +95,11 @@ class PromptEngine:
         pictures = tuple(self._prepare(part) for _, parts in turns for part in parts if part["type"] != "text")
         tokens, supervised = self._tokenize(self._render(turns, add_generation_prompt))
         tokens, supervised = self._expand(tokens, supervised, pictures)
+        largest, known = int(tokens.max(initial=0)), self.config.decoder.vocab
+        if largest >= known:
+            raise RequestError(
+                f"the tokenizer gives id {largest}, the model has {known} tokens: the tokenizer's files are of another model"
+            )
         if len(tokens) > self.max_length:
             raise RequestError(
                 f"the prompt has {len(tokens)} tokens, more than the {self.max_length} allowed: shorten it, or lower max_pixels or fps"
@@ -160,9 +167,12 @@ class PromptEngine:
 
 
 def user_turn(text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> dict[str, Any]:
-    """A user's message: pictures and videos stand where the text has <image> and <video>, or before it if it has no tag."""
+    """A user's message: pictures and videos stand where the text has <image> and <video>, or before it if it has no tag.
+
+    Where none are given, such a tag is text like any other.
+    """
     parts: list[Part] = [{"type": "text", "text": text}]
-    if TAGS.search(text):
+    if (images or videos) and TAGS.search(text):
         [(_, parts)] = place_tags([("user", parts)], images, videos)
     else:
         parts = [{"type": "image", "source": image} for image in images] + [{"type": "video", "source": video} for video in videos] + parts
@@ -214,9 +224,13 @@ def place_tags(turns: Sequence[Turn], images: Sequence[Any], videos: Sequence[An
     """Replace the tags in texts by the pictures and videos they stand for."""
     given = {"image": images, "video": videos}
     tags = [tag[1:-1] for _, parts in turns for part in parts if part["type"] == "text" for tag in TAGS.findall(part["text"])]
-    for kind, sources in given.items():
-        if tags.count(kind) != len(sources):
-            raise RequestError(f"the messages have {tags.count(kind)} <{kind}> tags for {len(sources)} {kind}s: there must be one tag each")
+    wrong = [
+        f"{tags.count(kind)} <{kind}> tags for {len(sources)} {kind}s"
+        for kind, sources in given.items()
+        if tags.count(kind) != len(sources)
+    ]
+    if wrong:
+        raise RequestError(f"the messages have {' and '.join(wrong)}: there must be one tag each")
     rest = {kind: iter(sources) for kind, sources in given.items()}
     return [(role, [piece for part in parts for piece in split_tags(part, rest)]) for role, parts in turns]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,6 +23,7 @@ from blm_jax.data.positions import Grid
 from blm_jax.errors import RequestError
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+COMPLETE = 0.9  # of the length that a file promises: rounding and a last frame of unknown length take less
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ def list_frames(source: Any) -> list[Any]:
 
 
 def exact(fps: float) -> Fraction:
-    return Fraction(fps).limit_denominator(1_000_000)
+    rate = Fraction(fps).limit_denominator(1_000_000)
+    if not rate:
+        raise RequestError(f"fps of a video is {fps}: it must be at least 0.000001")
+    return rate
 
 
 def is_directory(source: Any) -> bool:
@@ -121,6 +126,7 @@ def read_video(source: Any, config: PixelConfig, video: VideoConfig, wanted: int
     try:
         with opened() as container:
             timeline = read_timeline(container)
+            check_complete(container, timeline)
         chosen = choose_frames(timeline, sample_count(timeline, video, wanted, config.temporal_patch))
         with opened() as container:
             frames = decode(container, timeline, timeline.times[chosen], frame_fitter(len(chosen), config, video))
@@ -155,6 +161,21 @@ def read_timeline(container: InputContainer) -> Timeline:
             return Timeline(times, keys, tick, len(times) / Fraction(rate), steady=True)
     last = timed[-1][1] or (times[-1] - times[0]) // max(len(times) - 1, 1) or 1
     return Timeline(times, keys, tick, int(times[-1] - times[0] + last) * tick, steady=False)
+
+
+def check_complete(container: InputContainer, timeline: Timeline) -> None:
+    """A file that was cut off may decode without an error as far as it goes; but most say how long their stream should be."""
+    stream = container.streams.video[0]
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))  # of Matroska
+    if stream.duration and stream.time_base:
+        promised = float(stream.duration * stream.time_base)
+    else:
+        promised = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3]) if tag else 0.0
+    start = max(0, int(timeline.times[0])) * timeline.tick
+    # One frame's time more: how long the last one stays is not always known.
+    end = float(start + timeline.seconds * (len(timeline.times) + 1) / len(timeline.times))
+    if end < COMPLETE * promised:
+        raise ValueError(f"it breaks off at {float(start + timeline.seconds):.2f} of {promised:.2f} s")
 
 
 def sample_count(timeline: Timeline, video: VideoConfig, wanted: int | None, depth: int) -> int:

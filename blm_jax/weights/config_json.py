@@ -6,6 +6,7 @@ transformers 5 writes. The flat one is written: every release of transformers an
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast, get_args
 
 from etils import epath
@@ -36,7 +37,7 @@ class _Section:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.raw.get(key, default)
-        if isinstance(value, list | tuple) and len(set(value)) == 1:  # patch sizes may be given a side each
+        if isinstance(value, list | tuple) and value and all(item == value[0] for item in value):  # patch sizes may be given a side each
             value = value[0]
         if value is None:
             raise RequestError(f"{self.where} has no {key}")
@@ -46,15 +47,15 @@ class _Section:
 
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.wrong(key, "a number is needed")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self.wrong(key, "a number above 0 is needed")
         return float(value)
 
     def integers(self, key: str, default: list[int] | None = None) -> tuple[int, ...]:
         value = self.raw.get(key, default)
         if value is None:
             raise RequestError(f"{self.where} has no {key}")
-        if not isinstance(value, list | tuple) or not all(isinstance(item, int) for item in value):
+        if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
             raise self.wrong(key, "a list of whole numbers is needed")
         return tuple(value)
 
@@ -66,7 +67,9 @@ class _Section:
 
     def token(self, key: str, default: int) -> int:
         value = self.raw.get(key)
-        return value if isinstance(value, int) else default
+        if value is not None and (type(value) is not int or value < 0):
+            raise self.wrong(key, "the id of a token is needed")
+        return default if value is None else value
 
 
 def from_json(raw: Json, where: str = "config.json") -> BackboneConfig:
@@ -100,6 +103,8 @@ def _decoder(text: _Section, *, tied: bool) -> DecoderConfig:
     if text.raw.get("hidden_act", "silu") != "silu":
         raise text.wrong("hidden_act", "only silu is done here")
     layer_types = text.raw.get("layer_types") or []
+    if not isinstance(layer_types, list | tuple):
+        raise text.wrong("layer_types", "a list of names is needed")
     if text.raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
         raise RequestError(f"{text.where}: sliding-window attention is on (use_sliding_window), but only full attention is done")
     rope = text.section("rope_parameters" if isinstance(text.raw.get("rope_parameters"), dict) else "rope_scaling")
@@ -124,6 +129,8 @@ def _decoder(text: _Section, *, tied: bool) -> DecoderConfig:
         raise text.wrong("hidden_size", f"it must be {heads} heads of an even size")
     if config.heads % config.kv_heads:
         raise text.wrong("num_key_value_heads", f"it must divide the {heads} heads")
+    if len(config.mrope_section) != 3 or min(config.mrope_section) < 1:
+        raise rope.wrong("mrope_section", "three whole numbers above 0 are needed: of time, height and width")
     if 2 * sum(config.mrope_section) != config.head_dim:
         raise rope.wrong("mrope_section", f"its sum must be half of the head size {config.head_dim}")
     return config
@@ -148,6 +155,10 @@ def _vision(vision: _Section) -> VisionConfig:
     )
     if config.width % config.heads or config.head_dim % 4:
         raise vision.wrong("hidden_size", f"it must be {config.heads} heads of a size that 4 divides")
+    if config.window_patches < 1:
+        raise vision.wrong("window_size", f"a window must hold a visual token of {config.patch * config.merge} pixels")
+    if not all(0 <= block < config.layers for block in config.full_attention_layers):
+        raise vision.wrong("fullatt_block_indexes", f"there are blocks 0 to {config.layers - 1}")
     return config
 
 

@@ -48,7 +48,8 @@ def tensor_bytes(source: Source, tensor: Tensor) -> int:
 
 def progress(source: Source, tensors: Sequence[Tensor], what: str, *, show: bool) -> tqdm:
     total = sum(tensor_bytes(source, tensor) for tensor in tensors)
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not show, leave=False, mininterval=1)
+    # None: shown on a terminal only.
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None if show else True, leave=False, mininterval=1)
 
 
 def hashed_pieces(source: Source, tensors: Sequence[Tensor], digests: dict[str, bytes], bar: tqdm) -> Iterator[Piece]:

@@ -128,6 +128,8 @@ def _stored(directory: epath.Path) -> dict[str, Stored]:
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not named:
             raise RequestError(f"{index} has no weight_map; fetch it again")
+        if not all(isinstance(file, str) and file.endswith(".safetensors") and "/" not in file for file in named.values()):
+            raise RequestError(f"{index}: its weight_map must name safetensors files beside it; fetch it again")
         files = sorted(set(named.values()))
     elif (directory / SINGLE).exists():
         named, files = {}, [SINGLE]

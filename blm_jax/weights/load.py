@@ -31,8 +31,8 @@ def load_params(path: PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
         _check(source, place, leaf)
     total = sum(_local_bytes(leaf) for _, leaf in leaves)
     loaded: dict[str, Any] = {}
-    show = jax.process_index() == 0
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show, leave=False, mininterval=1)
+    disable = None if jax.process_index() == 0 else True  # None: shown on a terminal only
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=disable, leave=False, mininterval=1)
     with bar, ThreadPoolExecutor(_THREADS) as pool:
         for place, leaf in leaves:
             parent = loaded

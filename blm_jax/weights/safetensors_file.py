@@ -71,11 +71,13 @@ def read_header(path: epath.Path) -> dict[str, Stored]:
             raw = file.read(length)
     except FileNotFoundError:
         raise RequestError(f"{path} is missing; fetch it, or mend the index that names it") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)
-        spans = {name: (value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        spans = {name: _span(value) for name, value in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RequestError(f"{path} has a damaged header ({type(error).__name__}: {error}); fetch it again") from None
     end = 0
     found = {}
@@ -90,6 +92,14 @@ def read_header(path: epath.Path) -> dict[str, Stored]:
         state = "truncated" if size < 8 + length + end else "longer than it should be"
         raise RequestError(f"{path} is {state}: its header speaks of {8 + length + end} bytes, there are {size}; fetch it again")
     return found
+
+
+def _span(value: Mapping[str, Any]) -> tuple[str, Shape, int, int]:
+    """Dtype, shape, start and stop of one tensor, as the header has them."""
+    code, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    if not isinstance(code, str) or not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError(f"{code} {list(shape)} from {start} to {stop}")
+    return code, shape, start, stop
 
 
 def read_block(stored: Stored, shape: Shape, slices: Slices, count: ByteCount | None = None) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from blm_jax.config import BackboneConfig
+from blm_jax.data.files import open_path
 from blm_jax.errors import RequestError
 from blm_jax.weights.checkpoint import ASSETS, CheckpointSource, is_checkpoint
 from blm_jax.weights.checkpoint import read_config as checkpoint_config
@@ -59,7 +60,7 @@ def assets_dir(path: PathLike) -> epath.Path:
 
 
 def _directory(path: PathLike) -> epath.Path:
-    directory = epath.Path(path)
+    directory = open_path(path)
     if not directory.is_dir():
         raise RequestError(f"{path} is not a directory; MODEL is a Hugging Face directory or a checkpoint")
     return directory

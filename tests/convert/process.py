@@ -1,4 +1,4 @@
-"""One process of several, started by test_processes.py: loads onto the mesh of all, and converts."""
+"""One process of several, started by test_processes.py at a terminal: loads onto the mesh of all, and converts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 
 def main(port: str, count: int, index: int, hub: Path, out: Path) -> None:
+    sys.stderr.isatty = lambda: True  # pyright: ignore
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=index)
     from blm_jax import mesh as meshes
     from blm_jax.config import MeshConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import signal
@@ -130,6 +131,35 @@ def test_an_output_that_exists_is_left_alone(to: command.Form, hub: Path, tmp_pa
     with pytest.raises(RequestError, match="out exists; choose another directory or remove it"):
         convert(hub, tmp_path / "out", to)
     assert snapshot(tmp_path) == {"out/mine": b"precious"}
+
+
+def test_a_link_that_leads_nowhere_is_an_output_that_exists(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").symlink_to("nowhere")
+    monkeypatch.setattr(fingerprint, "_read", None)  # known before anything is read
+    with pytest.raises(RequestError, match="out exists; choose another directory or remove it"):
+        convert(hub, tmp_path / "out", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_all_is_on_the_disk_before_it_has_its_name(to: command.Form, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int | str] = []  # inodes synced, and the renaming
+    sync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (sync(file), steps.append(os.fstat(file).st_ino)))
+    monkeypatch.setattr(output.os, "rename", lambda old, new: (rename(old, new), steps.append("renamed")))
+    convert(hub, tmp_path / "out", to)
+    before, after = steps[: steps.index("renamed")], steps[steps.index("renamed") + 1 :]
+    assert {path.stat().st_ino for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))} <= set(before)
+    assert after == [tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(terminal: bool, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(said, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", said)
+    convert(hub, tmp_path / "out", "hf")
+    assert ("convert:" in said.getvalue()) == terminal and (terminal or said.getvalue() == "")
 
 
 @pytest.mark.parametrize("to", FORMS)

@@ -84,6 +84,40 @@ def test_two_processes_write_the_files_of_one(to: str, run: dict[str, Any], tmp_
     assert sum(shares) == alone["bytes"] and min(shares) > 0.3 * alone["bytes"]  # each its part, none twice
 
 
+def blm_in_two_processes(*arguments: str | Path) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and standard error of each."""
+    program = "import sys; from blm_jax.cli import entry; sys.argv[0] = 'blm'; entry()"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        several = ["--coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--processes", "2", "--process"]
+    command, pipe = [sys.executable, "-c", program, *arguments, *several], subprocess.PIPE
+    processes = [subprocess.Popen([*command, str(index)], cwd=ROOT, text=True, stdout=pipe, stderr=pipe) for index in range(2)]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, out, err) for process, (out, err) in zip(processes, said, strict=True)]
+
+
+def test_on_the_command_line(run: dict[str, Any], tmp_path: Path) -> None:
+    hub = run["folder"] / "hub"
+    (code, out, err), other = blm_in_two_processes("convert", hub, tmp_path / "two", "--to", "hf", "--max-shard-size", "100KB", "--json")
+    assert (code, other[:2]) == (0, (0, "")), (err, other)
+    alone = convert(hub, tmp_path / "one", "hf", max_shard_bytes=100_000)
+    told = json.loads(out)
+    assert {key: told[key] for key in ("files", "tensors", "bytes", "fingerprint")} == {
+        key: alone[key] for key in ("files", "tensors", "bytes", "fingerprint")
+    }
+    assert snapshot(tmp_path / "two") == snapshot(tmp_path / "one")
+    again = blm_in_two_processes("convert", hub, tmp_path / "two", "--to", "hf")
+    assert [(code, out) for code, out, _ in again] == [(2, ""), (2, "")]
+    for (_, _, err), where in zip(again, ("", " (process 1)"), strict=True):
+        lines = [line for line in err.splitlines() if line.startswith("blm: error")]
+        assert lines == [f"blm: error{where}: {tmp_path / 'two'} exists; choose another directory or remove it"]
+    assert snapshot(tmp_path / "two") == snapshot(tmp_path / "one")
+
+
 def test_where_one_process_fails_all_do_and_nothing_is_left(run: dict[str, Any]) -> None:
     first, last = (report["failure"] for report in run["reports"])
     assert "the disk of the last process" in last and "process 1 of 2 failed" in first

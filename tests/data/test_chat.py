@@ -150,6 +150,14 @@ def test_the_newest_place_of_the_template_wins(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).render(MESSAGES) == "N"
 
 
+@pytest.mark.parametrize("template", [[{"template": "T"}], [{"name": "default"}], ["T"], [{"name": [], "template": "T"}], 3])
+def test_templates_of_another_kind(tmp_path: Path, model_files: Path, template: Any) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((model_files / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(RequestError, match="chat_template must be a text, or a list of objects with a name and a template"):
+        load_tokenizer(tmp_path)
+
+
 def test_directories_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"has no tokenizer: it wants tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -187,16 +188,20 @@ def broken_files(directory: Path) -> dict[str, tuple[Any, str]]:
     (directory / "text.png").write_text("no picture")
     buffer = io.BytesIO()
     Image.fromarray(noise(200, 200)).save(buffer, "jpeg")
-    (directory / "short.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    half = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+    (directory / "short.jpg").write_bytes(half)
     return {
-        "no picture": (directory / "text.png", "text.png cannot be read as a picture"),
+        "no picture": (directory / "text.png", "text.png is no picture in a format known here"),
         "truncated": (directory / "short.jpg", "short.jpg cannot be read as a picture: .*truncated"),
+        "truncated and not yet read": (Image.open(io.BytesIO(half)), "the picture cannot be read as a picture: .*truncated"),
         "missing": (directory / "none.png", "none.png does not exist"),
+        "in a bucket": ("gs://bucket/a.png", r"gs://bucket/a.png lies in a bucket: .*pip install 'blm-jax\[gcs\]'"),
+        "in an unknown place": ("ipfs://a/b.png", "ipfs://a/b.png: no such kind of path; buckets begin with gs:// or s3://"),
         "directory": (directory, "cannot be opened: Is a directory"),
         "from the net": ("https://example.org/a.png", "not fetched from the net"),
         "no base64": ("data:image/png;base64,@@@@", "no base64"),
         "no comma": ("data:image/png;base64", "no comma"),
-        "empty bytes": (b"", "cannot be read as a picture"),
+        "empty bytes": (b"", "the picture is no picture in a format known here"),
         "floats": (np.zeros((8, 8, 3)), "must be uint8"),
         "a vector": (np.zeros(8, np.uint8), r"must be \[height, width, 3\], not \[8\]"),
         "two channels": (np.zeros((8, 8, 2), np.uint8), r"must be \[height, width, 3\]"),
@@ -206,12 +211,14 @@ def broken_files(directory: Path) -> dict[str, tuple[Any, str]]:
     }
 
 
-BROKEN = ["no picture", "truncated", "missing", "directory", "from the net", "no base64", "no comma", "empty bytes"]
+BROKEN = ["no picture", "truncated", "truncated and not yet read", "missing", "directory", "from the net", "no base64", "no comma"]
+BROKEN += ["empty bytes", "in a bucket", "in an unknown place"]
 BROKEN += ["floats", "a vector", "two channels", "no pixels", "a number", "too narrow"]
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_picture_is_told_in_one_line(tmp_path: Path, name: str) -> None:
+def test_what_is_no_picture_is_told_in_one_line(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # nothing that reads buckets is installed
     source, message = broken_files(tmp_path)[name]
     with pytest.raises(RequestError, match=message) as caught:
         prepare_picture(source, PixelConfig())
@@ -226,4 +233,41 @@ def test_a_model_directory_without_settings(tmp_path: Path) -> None:
         read_pixel_config(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {"do_resize": False}))
     with pytest.raises(RequestError, match="do_resize to false"):
+        read_pixel_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_mean": 3}, "image_mean is 3, but three numbers are needed"),
+        ({"image_mean": [0.5, 0.5]}, r"image_mean is \[0.5, 0.5\], but three numbers"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean is .*, but three numbers"),
+        ({"image_std": [0.5, 0.5, 0.5, 0.5]}, "image_std is .*, but three numbers above 0"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std is .*, but three numbers above 0"),
+        ({"resample": 99}, "resample is 99, but a filter of PIL, 0 to 5,"),
+        ({"resample": True}, "resample is True, but a filter of PIL"),
+        ({"patch_size": [14]}, r"patch_size is \[14\], but a whole number above 0"),
+        ({"merge_size": 0}, "merge_size is 0, but a whole number above 0"),
+        ({"rescale_factor": "1/255"}, "rescale_factor is '1/255', but a number above 0"),
+        ({"max_pixels": "many"}, "max_pixels is 'many', but a whole number above 0"),
+        ({"size": 3}, "size is 3, but an object is needed"),
+    ],
+)
+def test_settings_that_are_wrong(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | settings))
+    with pytest.raises(RequestError, match=rf"preprocessor_config\.json: {message}"):
+        read_pixel_config(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"fps": "2"}, {"min_frames": 0}, {"max_video_tokens": [3]}, {"size": {"longest_edge": -1}}])
+def test_settings_of_videos_that_are_wrong(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(RequestError, match=r"video_preprocessor_config\.json: .* above 0 is needed"):
+        read_pixel_config(tmp_path)
+
+
+def test_json_that_is_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(RequestError, match="cannot be read as JSON"):
         read_pixel_config(tmp_path)

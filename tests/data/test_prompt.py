@@ -248,12 +248,13 @@ def test_tags_in_texts(engine: PromptEngine) -> None:
         ("none", 1, 0, "0 <image> tags for 1 images"),
         ("<image>", 1, 1, "0 <video> tags for 1 videos"),
         ("<video>", 0, 0, "1 <video> tags for 0 videos"),
+        ("<video>", 1, 0, "0 <image> tags for 1 images and 1 <video> tags for 0 videos"),
     ],
 )
 def test_tags_that_do_not_match(engine: PromptEngine, text: str, images: int, videos: int, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         engine.encode([{"role": "user", "content": text}], images=[picture(30, 30)] * images, videos=[[picture(30, 30)]] * videos)
-    if "<" in text:
+    if "<" in text and images + videos:
         with pytest.raises(RequestError, match=message):
             user_turn(text, ["a.png"] * images, ["a.mp4"] * videos)
 
@@ -280,6 +281,28 @@ def test_messages_that_are_none(engine: PromptEngine, message: Any, error: str) 
     with pytest.raises(RequestError, match=error) as caught:
         engine.encode([message])
     assert "\n" not in str(caught.value)
+
+
+def test_tags_without_pictures_are_text(engine: PromptEngine, tokenizer: Tokenizer) -> None:
+    text = "Write an HTML page with a <image> element, or a <video>"
+    example = engine.encode([user_turn(text)])
+    assert example.pictures == () and f"user\n{text}<|im_end|>" in tokenizer.decode(example.tokens, skip_special=False)
+
+
+def test_a_tokenizer_of_another_model(backbone: BackboneConfig, tokenizer: Tokenizer, pixels: PixelConfig) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    largest = 151645  # <|im_end|>
+    fitting = replace(backbone, decoder=replace(backbone.decoder, vocab=largest + 1))
+    assert PromptEngine(fitting, tokenizer, pixels).encode(messages).tokens.max() == largest
+    smaller = replace(backbone, decoder=replace(backbone.decoder, vocab=largest))
+    with pytest.raises(RequestError, match="gives id 151645, the model has 151645 tokens: the tokenizer's files are of another model"):
+        PromptEngine(smaller, tokenizer, pixels).encode(messages)
+
+
+@pytest.mark.parametrize("messages", [None, 3, "Hi", {"role": "user", "content": "Hi"}])
+def test_what_is_no_list_of_messages(engine: PromptEngine, messages: Any) -> None:
+    with pytest.raises(RequestError, match="messages are a list such as"):
+        engine.encode(messages)
 
 
 def test_no_messages(engine: PromptEngine) -> None:

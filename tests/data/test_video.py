@@ -221,6 +221,7 @@ def bad_videos(directory: Path) -> dict[str, Any]:
         "two sizes": ([np.zeros((28, 28, 3), np.uint8), np.zeros((28, 56, 3), np.uint8)], {}, "must be of one size"),
         "no rate": (good, {"fps": 0}, "fps of a video must be a number above 0, not 0"),
         "rate in words": (good, {"fps": "2"}, "fps of a video must be a number above 0, not '2'"),
+        "hardly a rate": ([np.zeros((28, 28, 3), np.uint8)] * 3, {"fps": 1e-9}, "fps of a video is 1e-09: it must be at least 0.000001"),
         "too many": (good, {"frames": 21}, "has 20 frames, 21 are asked for"),
         "other frames": ([np.zeros((28, 28, 3), np.uint8)] * 3, {"frames": 2}, "given as 3 frames, which are taken all; 2 cannot"),
         "limits": (good, {"min_pixels": 10**9}, "a minimum of a video is above its maximum"),
@@ -229,7 +230,7 @@ def bad_videos(directory: Path) -> dict[str, Any]:
 
 
 BAD = ["no video", "truncated", "sound", "missing", "empty directory", "empty list", "one picture", "two sizes", "no rate"]
-BAD += ["rate in words", "too many", "other frames", "limits", "a number"]
+BAD += ["rate in words", "hardly a rate", "too many", "other frames", "limits", "a number"]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -247,3 +248,27 @@ def test_a_file_that_breaks_off(tmp_path: Path) -> None:
     (tmp_path / "b.avi").write_bytes(data[: data.index(b"movi") + 4] + bytes(len(data) // 2))
     with pytest.raises(RequestError, match="cannot be read as a video"):
         prepare_video(tmp_path / "b.avi", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"), [*KINDS[3:], ("index first.mp4", "libx264", {"g": "12"})], ids=["mkv", "avi", "webm", "mp4"]
+)
+def test_half_of_a_file_is_no_video(tmp_path: Path, name: str, codec: str, options: dict[str, str]) -> None:
+    """What is left of it decodes without an error."""
+    path = steady_video(tmp_path / "whole.mp4" if "index" in name else tmp_path / name, 130, Fraction(25), codec, **options)
+    if "index" in name:
+        path = copy_with_the_index_first(path, tmp_path / name)
+    assert len(numbers(prepare_video(path, CONFIG))) == 10
+    data = path.read_bytes()
+    with pytest.raises(RequestError, match=r"cannot be read as a video: it breaks off at \d\.\d\d of \d\.\d\d s"):
+        prepare_video(data[: len(data) // 2], CONFIG)
+
+
+def copy_with_the_index_first(source: Path, target: Path) -> Path:
+    with av.open(str(source)) as old, av.open(str(target), "w", options={"movflags": "faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return target

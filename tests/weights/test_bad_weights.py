@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,16 +40,30 @@ def scribble(directory: Path) -> None:
     path.write_bytes(raw[:8] + b"[" + raw[9:])
 
 
-def shift(directory: Path) -> None:
-    """A header that is JSON but places a tensor elsewhere."""
-    path = directory / SHARD
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    name = min(name for name in header if name != "__metadata__")
-    header[name]["shape"] = [*header[name]["shape"], 2]
-    head = json.dumps(header).encode()
-    path.write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + length :])
+def header_with(**changes: Any) -> Callable[[Path], None]:
+    """One tensor's entry in the header changed."""
+
+    def damage(directory: Path) -> None:
+        path = directory / SHARD
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        header[min(name for name in header if name != "__metadata__")] |= changes
+        head = json.dumps(header).encode()
+        path.write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + length :])
+
+    return damage
+
+
+def nest(directory: Path) -> None:
+    head = b'{"a":' * 100_000
+    (directory / SHARD).write_bytes(len(head).to_bytes(8, "little") + head)
+
+
+def replace_by_directory(directory: Path) -> None:
+    """What cannot be opened at all; permissions would not stop root."""
+    (directory / SHARD).unlink()
+    (directory / SHARD).mkdir()
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -58,7 +74,7 @@ def with_(name: str, value: torch.Tensor) -> Callable[[Path], None]:
     return lambda directory: write_tensors(directory, read_tensors(directory) | {name: value})
 
 
-def reindex(directory: Path, name: str, file: str) -> None:
+def reindex(directory: Path, name: str, file: Any) -> None:
     path = directory / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"][name] = file
@@ -81,7 +97,16 @@ BAD = {
     "empty file": (lambda d: cut(d, 0), f"{SHARD} is truncated or no safetensors file (0 bytes)"),
     "longer than its header says": (grow, f"{SHARD} is longer than it should be"),
     "no JSON in the header": (scribble, f"{SHARD} has a damaged header"),
-    "offsets that do not fit": (shift, f"{SHARD} has a damaged header"),
+    "offsets that do not fit": (header_with(shape=[3, 5, 7]), f"{SHARD} has a damaged header"),
+    "three offsets": (header_with(data_offsets=[0, 1, 2]), f"{SHARD} has a damaged header"),
+    "one offset": (header_with(data_offsets=[0]), f"{SHARD} has a damaged header"),
+    "offsets of text": (header_with(data_offsets=["0", "1"]), f"{SHARD} has a damaged header"),
+    "a list of dtypes": (header_with(dtype=["F32"]), f"{SHARD} has a damaged header"),
+    "a negative shape": (header_with(shape=[-1, -1], data_offsets=[0, 4]), f"{SHARD} has a damaged header"),
+    "a shape of fractions": (header_with(shape=[1.0], data_offsets=[0, 4]), f"{SHARD} has a damaged header"),
+    "a shape of booleans": (header_with(shape=[True], data_offsets=[0, 4]), f"{SHARD} has a damaged header"),
+    "a header nested without end": (nest, f"{SHARD} has a damaged header"),
+    "a directory for a file": (replace_by_directory, f"{SHARD} cannot be read: Is a directory"),
     "missing tensor": (without(Q1), f"{Q1} is missing from its safetensors files"),
     "extra tensor": (with_("model.extra.weight", torch.zeros(3)), "model.extra.weight is not part of the model that config.json describes"),
     "misshapen tensor": (with_(Q1, torch.zeros(64, 60)), f"{Q1} has shape [64, 60], config.json makes it [64, 64]"),
@@ -93,6 +118,9 @@ BAD = {
     "file of the index gone": (lambda d: (d / SHARD).unlink(), f"{SHARD} is missing; fetch it, or mend the index that names it"),
     "index names another file": (lambda d: reindex(d, "model.norm.weight", SHARD), "says that model.norm.weight is in"),
     "index names a tensor that is not": (lambda d: reindex(d, "model.none", SHARD), f"says that model.none is in {SHARD}, but it is not"),
+    "index names a number": (lambda d: reindex(d, "model.norm.weight", 3), "its weight_map must name safetensors files beside it"),
+    "index names a list": (lambda d: reindex(d, "model.norm.weight", ["x"]), "its weight_map must name safetensors files beside it"),
+    "index names a directory": (lambda d: reindex(d, "model.norm.weight", "."), "its weight_map must name safetensors files beside it"),
     "index without a map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
     "index no JSON": (
         lambda d: (d / "model.safetensors.index.json").write_text("{"),
@@ -133,3 +161,11 @@ def test_bad_directories_are_refused_in_one_line(name: str, sound: dict[str, byt
         said.add(str(caught.value))
     assert len(said) == 1 and message in said.pop() and "\n" not in str(caught.value) and str(source) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("read", [fingerprint, lambda path: load_params(path, {}), lambda path: convert(path, "out", "hf")])
+def test_a_bucket_that_nothing_here_reads(read: Callable[[str], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=r"gs://bucket/model lies in a bucket: .*pip install 'blm-jax\[gcs\]'"):
+        read("gs://bucket/model")

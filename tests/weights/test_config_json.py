@@ -123,6 +123,17 @@ def test_video_positions_are_kept_where_they_are_not_ours() -> None:
         ("vision_config.out_hidden_size", 2048, "out_hidden_size 2048 is not the decoder's hidden_size 3584"),
         ("quantization_config", {"bits": 4}, "the weights are quantized"),
         ("video_positions", "mine", "video_positions is 'mine'"),
+        ("rope_scaling.mrope_section", [80, -8, -8], "mrope_section is [80, -8, -8], but three whole numbers above 0"),
+        ("rope_scaling.mrope_section", [32, 32], "mrope_section is [32, 32], but three whole numbers above 0"),
+        ("rope_theta", 0, "rope_theta is 0, but a number above 0 is needed"),
+        ("rms_norm_eps", float("nan"), "rms_norm_eps is nan, but a number above 0 is needed"),
+        ("layer_types", 3, "layer_types is 3, but a list of names is needed"),
+        ("image_token_id", "a", "image_token_id is 'a', but the id of a token is needed"),
+        ("pad_token_id", -1, "pad_token_id is -1, but the id of a token is needed"),
+        ("vision_config.patch_size", [[14], [14]], "patch_size is [[14], [14]], but a positive whole number"),
+        ("vision_config.window_size", 20, "window_size is 20, but a window must hold a visual token of 28 pixels"),
+        ("vision_config.fullatt_block_indexes", [7, 99], "fullatt_block_indexes is [7, 99], but there are blocks 0 to 31"),
+        ("vision_config.fullatt_block_indexes", [True], "fullatt_block_indexes is [True], but a list of whole numbers"),
     ],
 )
 def test_what_is_not_done_is_refused_in_one_line(path: str, value: Any, message: str) -> None:
