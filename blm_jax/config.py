@@ -134,6 +134,8 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _check(self.layers % 2 == 0 and self.layers > 0, f"dit.layers is {self.layers}: layers come in pairs")
+        _check(0 <= self.dropout < 1, f"dit.dropout is {self.dropout}: it must lie in [0, 1)")
+        _check(self.time_features % 2 == 0 and self.width % 2 == 0, "dit.time_features and dit's width are even: waves come in pairs")
         _check(
             self.tap % 2 == 0 and 0 < self.tap <= self.layers,
             f"dit.tap is {self.tap}: it must be an even number of layers, at most {self.layers}",
@@ -167,6 +169,10 @@ class ObjectiveConfig:
     ema: float = 0.995  # of the bridge that makes the future's target
     prefix: int = 0  # train with up to so many given action steps at the front, for chunking in real time
 
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1 and self.draws >= 1, f"objective.steps is {self.steps} and draws {self.draws}: both are at least 1")
+        _check(0 <= self.ema < 1, f"objective.ema is {self.ema}: it must lie in [0, 1)")
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
@@ -183,6 +189,7 @@ class PolicyConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
 
     def __post_init__(self) -> None:
+        _check(self.intent_block >= 0, f"intent_block is {self.intent_block}: it counts blocks from the bottom")
         _check(len(set(self.robots)) == len(self.robots) > 0, f"policy.robots {list(self.robots)} must be different names, at least one")
         _check(
             0 <= self.objective.prefix < self.horizon,

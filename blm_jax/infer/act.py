@@ -19,6 +19,7 @@ from blm_jax.data.observation import Observation, check, intent_tokens, messages
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.data.robots import Robot, action_mask, find_robot, pad, state_mask
 from blm_jax.data.statistics import decode_actions, encode_state
+from blm_jax.errors import RequestError
 from blm_jax.infer.engine import open_engine
 from blm_jax.infer.generate import bucket
 from blm_jax.models.mllm import Mllm, abstract_params, with_params
@@ -44,6 +45,10 @@ class Actor:
     ) -> list[np.ndarray]:
         """Chunks in the robot's own units and limits, [samples, horizon, dims] for each observation; robots may differ."""
         known = [find_robot(name, self.files.robots) for name in robots]
+        cameras = self.policy.config.bridge.cameras
+        for robot in known:
+            if len(robot.cameras) > cameras:
+                raise RequestError(f"{robot.name} has {len(robot.cameras)} cameras, and the policy's bridge tells {cameras} apart")
         checked = [check(observation, robot) for observation, robot in zip(observations, known, strict=True)]
         batch, mask, places = self._prompts([self._encode(observation, robot) for observation, robot in zip(checked, known, strict=True)])
         rows = self._robots(checked, known, len(mask))

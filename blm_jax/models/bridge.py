@@ -53,7 +53,9 @@ class Bridge(nnx.Module):
 
     def __call__(self, intent: IntentRows) -> jax.Array:
         """-> [rows, queries, width]. Padding is masked, so that its length changes nothing."""
-        keys = self.project(self.intent_norm(intent.hidden.astype(self.dtype)))
+        # where and not the mask alone: what stands in padding may be anything, NaN too.
+        hidden = jnp.where(intent.mask[..., None], intent.hidden, 0).astype(self.dtype)
+        keys = self.project(self.intent_norm(hidden))
         if self.places is not None:
             keys = keys + self.places(intent.places, self.dtype)
         queries = self.queries[...].astype(self.dtype)

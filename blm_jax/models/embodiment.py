@@ -27,7 +27,8 @@ class GroupedLinear(nnx.Module):
         rows, tokens, _ = x.shape
         laid = (x[:, :, None] * chosen[:, None, :, None].astype(x.dtype)).reshape(rows * tokens, robots * inputs)
         y = laid @ self.kernel[...].reshape(robots * inputs, outputs).astype(x.dtype)
-        return y.reshape(rows, tokens, outputs) + (chosen @ self.bias[...]).astype(x.dtype)[:, None]
+        bias = jnp.matmul(chosen, self.bias[...], precision=jax.lax.Precision.HIGHEST)  # a choice, and no rounding
+        return y.reshape(rows, tokens, outputs) + bias.astype(x.dtype)[:, None]
 
 
 class Embodiments(nnx.Module):

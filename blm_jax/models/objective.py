@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blm_jax.batch import Chunks, IntentRows, RobotRows
 from blm_jax.config import ObjectiveConfig, Path
@@ -166,12 +167,15 @@ def sample(
     decided = None if committed is None else (jnp.arange(horizon) < committed.delay)[None, :, None]
     given = None if decided is None or guided else decided[..., 0]
 
+    # Divided here and now: a compiler may multiply by 1 / steps, and end in the neighbouring bucket.
+    times = jnp.asarray(np.arange(steps + 1, dtype=np.float32) / np.float32(steps))
+
     def foretell(x: jax.Array, time: jax.Array) -> jax.Array:
         said = policy.velocity(condition, x, time[None], given)
         return path.foretold(x, said.actions, path.mix(time))
 
     def step(i: jax.Array, x: jax.Array) -> jax.Array:
-        time, after = i / steps, (i + 1) / steps
+        time, after = times[i], times[i + 1]
         (alpha, sigma), (alpha_after, sigma_after) = path.mix(time), path.mix(after)
         if committed is None or not guided:
             if given is not None and committed is not None:

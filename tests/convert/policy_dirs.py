@@ -1,0 +1,45 @@
+"""A small random policy of the package's robots as a directory policy/, and what robots say to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from blm_jax.config import PolicyConfig
+from blm_jax.data import statistics
+from blm_jax.data.robots import Robot, load_robots
+from blm_jax.models.policy import Policy
+from blm_jax.weights.policy import PolicyFiles
+
+BACKBONE = "sha256:" + "0" * 64
+HORIZONS = {"panda": 7, "xarm6": 5, "xarm7": 7, "widowxai": 6}
+SCHEMES: dict[str, statistics.Scheme] = {"panda": "quantile", "xarm6": "mean_std", "xarm7": "min_max", "widowxai": "quantile"}
+
+
+def make_files(config: PolicyConfig) -> PolicyFiles:
+    """Chunks of different lengths, one robot whose actions are absolute, one with a dimension that never moves."""
+    rng = np.random.default_rng(1)
+    known = {name: replace(robot, horizon=HORIZONS[name], executed=3) for name, robot in load_robots().items()}
+    known["xarm7"] = replace(known["xarm7"], relative=False)
+    robots = {name: known[name] for name in config.robots}
+    return PolicyFiles(config, robots, {name: make_statistics(robot, rng) for name, robot in robots.items()}, BACKBONE)
+
+
+def make_statistics(robot: Robot, rng: np.random.Generator) -> statistics.Statistics:
+    states = make_states(robot, rng, 200)
+    actions = states[:, None] + rng.normal(0, 0.05, (200, robot.horizon, len(robot.action)))
+    if robot.name == "widowxai":
+        states[:, 2] = actions[:, :, 2] = 0.7
+    return statistics.from_arrays(robot, states, actions, scheme=SCHEMES[robot.name])
+
+
+def make_states(robot: Robot, rng: np.random.Generator, count: int) -> np.ndarray:
+    low, high = (np.array([getattr(dimension, side) for dimension in robot.state]) for side in ("low", "high"))
+    return low + (high - low) * rng.uniform(0.2, 0.8, (count, len(low)))
+
+
+def params_of(policy: Policy) -> dict[str, Any]:
+    return nnx.to_pure_dict(nnx.state(policy, nnx.Param))
