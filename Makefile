@@ -32,5 +32,6 @@ clean:
 $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "blm_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	# compat: with the other kind of editable install, a clone named blm_jax hides the package from its parent folder.
+	$(BIN)/pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e '.[test,lint]'
 	touch $@

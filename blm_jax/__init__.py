@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 def load(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None) -> Model:
     """Open a MODEL directory and put it on a mesh; by default on the first device, in float32."""
+    from blm_jax.accelerators import settle_platform
+
+    settle_platform()
     from blm_jax.infer.session import load as open_model  # late: importing the package must not import jax
 
     return open_model(path, mesh, compute)

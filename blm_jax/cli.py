@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from blm_jax.accelerators import has_tpu, settle_platform
 from blm_jax.errors import RequestError, RunError
 
 Result = dict[str, Any] | None
 INTERRUPTED = 128 + 2
-GOOGLE = "0x1ae0"  # vendor of TPU chips on the PCI bus
 # Each is set by one kind of launcher for every process it starts: Slurm's srun, Open MPI's mpirun, an indexed Kubernetes job.
 LAUNCHER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX")
 
@@ -99,9 +99,7 @@ def _start_jax(args: argparse.Namespace) -> int:
         return 0
     # Programs of a model are the same from run to run, and take longer to compile than to answer with.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "blm_jax" / "programs"))
-    tpu = _has_tpu()
-    if not tpu and "JAX_PLATFORMS" not in os.environ and _only_libtpu():
-        os.environ["JAX_PLATFORMS"] = "cpu"  # a libtpu that finds no TPU complains at length
+    settle_platform()
     asked = {"coordinator": args.coordinator, "processes": args.processes, "process": args.process}
     if args.processes == 1 and args.coordinator is None:
         return 0
@@ -118,7 +116,7 @@ def _start_jax(args: argparse.Namespace) -> int:
     if address:
         return _join(coordinator_address=address, num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
     launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
-    return _join(alone_is_fine=not launched) if launched or tpu else 0
+    return _join(alone_is_fine=not launched) if launched or has_tpu() else 0
 
 
 def _join(*, alone_is_fine: bool = False, **known: Any) -> int:
@@ -143,18 +141,6 @@ def _number(variable: str) -> int | None:
     if text is not None and not text.isdecimal():
         raise RequestError(f"{variable} is {text!r}: it must be a whole number")
     return None if text is None else int(text)
-
-
-def _has_tpu() -> bool:
-    return any(vendor.read_text().strip() == GOOGLE for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"))
-
-
-def _only_libtpu() -> bool:
-    """Whether TPUs are the one accelerator that this JAX was installed for."""
-    from importlib.metadata import entry_points
-    from importlib.util import find_spec
-
-    return bool(find_spec("libtpu")) and not find_spec("jax_plugins") and not entry_points(group="jax_plugins")
 
 
 # --- commands ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from etils import epath
 
 from blm_jax.config import BackboneConfig
 from blm_jax.configfile import suggest
-from blm_jax.data.files import one_line
+from blm_jax.data.files import one_line, open_path
 from blm_jax.data.prompt import Example
 from blm_jax.data.robots import Camera, Dimension, Robot, clip
 from blm_jax.errors import RequestError, RunError
@@ -141,7 +141,7 @@ def _checked_text(instruction: Any) -> str:
 
 def read_observations(path: epath.PathLike) -> list[Observation]:
     """The observations of a file, in order. Whether they fit a robot, `check` says."""
-    arrays = _read_arrays(epath.Path(path))
+    arrays = _read_arrays(open_path(path))
     cameras = [name for name in arrays if name.startswith(IMAGES)]
     known = ("state", "instruction")
     for name in arrays:
@@ -180,7 +180,7 @@ def _read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
 
 def check_output(path: epath.PathLike) -> None:
     """Refuses, before any work is done, a file that is there already."""
-    if epath.Path(path).exists():
+    if open_path(path).exists():
         raise RequestError(f"{path} exists; choose another file or remove it")
 
 
@@ -201,7 +201,7 @@ def write_chunks(path: epath.PathLike, actions: np.ndarray, robot: Robot) -> Non
         hz=np.array(robot.hz),
         executed=np.array(robot.executed),
     )
-    _write_whole(epath.Path(path), contents.getvalue())
+    _write_whole(open_path(path), contents.getvalue())
 
 
 def _write_whole(path: epath.Path, contents: bytes) -> None:

@@ -26,7 +26,7 @@ from blm_jax.config import PolicyConfig
 from blm_jax.configfile import suggest
 from blm_jax.data import robots as registry
 from blm_jax.data import statistics as numbers
-from blm_jax.data.files import read_json
+from blm_jax.data.files import open_path, read_json
 from blm_jax.data.robots import Robot
 from blm_jax.data.statistics import Statistics
 from blm_jax.errors import RequestError, RunError
@@ -66,7 +66,7 @@ class PolicyFiles:
 
 
 def read_policy(model_directory: PathLike) -> PolicyFiles:
-    directory = epath.Path(model_directory) / POLICY
+    directory = open_path(model_directory) / POLICY
     path = directory / CONTRACT
     if not directory.exists():
         raise RequestError(f"{model_directory} has no {POLICY}/: it answers questions, but was not trained to act")
@@ -199,7 +199,7 @@ def table(config: PolicyConfig) -> dict[Path, Entry]:
 
 def write_policy(directory: PathLike, files: PolicyFiles, params: Mapping[str, Any]) -> None:
     """Write policy/ of a MODEL, whole or not at all. In a run of several processes each calls this, and the first one writes."""
-    target = epath.Path(directory)
+    target = open_path(directory)
     if target.exists():
         raise RequestError(f"{target} exists; choose another directory or remove it")
     entries = table(files.config)
@@ -284,7 +284,7 @@ def _contents(directory: epath.Path) -> list[epath.Path]:
 
 
 def has_policy(model_directory: PathLike) -> bool:
-    return (epath.Path(model_directory) / POLICY).exists()
+    return (open_path(model_directory) / POLICY).exists()
 
 
 def check_policy(model_directory: PathLike) -> None:
@@ -318,7 +318,7 @@ def load_policy_params(model_directory: PathLike, abstract: Mapping[str, Any]) -
 
 def _open(model_directory: PathLike) -> tuple[dict[Path, Entry], dict[str, Stored]]:
     entries = table(read_policy(model_directory).config)
-    path = epath.Path(model_directory) / POLICY / WEIGHTS
+    path = open_path(model_directory) / POLICY / WEIGHTS
     stored = read_header(path)
     wanted = {tensor.name: entry.hub_shape for entry in entries.values() for tensor in entry.tensors()}
     for names, state in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,10 +58,12 @@ def observe(robot: Robot, seed: int, instruction: str = "Put the red cube on the
 
 
 def write_observations(path: Path, observations: list[Observation], **changes: np.ndarray) -> Path:
-    arrays = {"state": np.stack([one.state for one in observations]), "instruction": np.array([one.instruction for one in observations])}
+    arrays: dict[str, Any] = {"state": np.stack([one.state for one in observations])}
+    arrays["instruction"] = np.array([one.instruction for one in observations])
     for name in dict(observations[0].images):
         arrays[f"images/{name}"] = np.stack([dict(one.images)[name] for one in observations])
-    np.savez(path, **(arrays | changes))
+    merged: dict[str, Any] = arrays | changes
+    np.savez(path, **merged)
     return path
 
 
