@@ -113,6 +113,7 @@ def losses(
 
     # The future is the slow copy's, and no gradient reaches it.
     wanted = jax.lax.stop_gradient(target(future)).astype(jnp.float32)
+    wanted = jnp.where(has_future[:, None, None], wanted, 0)  # before the cosine: its gradient would carry a NaN past a mask
     distance = 1 - cosine(said.future.reshape(rows, config.draws, *wanted.shape[1:]), wanted[:, None])
     distance = jnp.where(has_future, distance.mean(axis=(1, 2)), 0)
     return Losses(
