@@ -1,0 +1,204 @@
+"""The backbone's benchmark: its counts by hand, its judgement on made-up times, and both of its plans from end to end on a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from blm_jax.errors import RequestError, RunError
+from blm_jax.models.mllm import abstract_params
+from blm_jax.train.loss import cross_entropy
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Iterator[Any]:
+    """Imported as `blm bench` does it."""
+    sys.path.insert(0, str(FOLDER))
+    yield importlib.import_module("backbone")
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def counts(backbone: Any) -> Any:
+    return importlib.import_module("_counts")
+
+
+@pytest.fixture(scope="module")
+def sides(backbone: Any) -> Any:
+    return importlib.import_module("_sides")
+
+
+@pytest.fixture
+def quick(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(backbone, "REST", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_decoder_operations_by_hand(backbone: Any, counts: Any) -> None:
+    config = backbone.config_of("tiny").decoder
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96
+    assert counts.layer_weights(config) == layer == 30720
+    one_row = 2 * (2 * 3 * layer + 4 * (1 + 2 + 3) * 64) + 2 * 64 * 320
+    assert counts.decoder_operations(config, 1, 3, 1) == one_row == 412_672
+    assert counts.decoder_operations(config, 2, 3, 2) == 2 * one_row
+
+
+def test_vision_operations_by_hand(backbone: Any, counts: Any) -> None:
+    """10x8 patches are a full window of 8x8 and one of 2x8; one layer of two attends to all."""
+    config = backbone.config_of("tiny").vision
+    products = 2 * 80 * (1176 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 44))
+    attention = 4 * 32 * (80 * 80 + 64 * 64 + 16 * 16)
+    merger = 2 * 20 * (128 * 128 + 128 * 64)
+    assert counts.vision_operations(config, [(10, 8)]) == products + attention + merger == 11_042_816
+    assert counts.vision_operations(config, [(10, 8), (10, 8)]) == 2 * 11_042_816
+
+
+def test_decode_bytes_by_hand(backbone: Any, counts: Any) -> None:
+    config = backbone.config_of("tiny").decoder
+    assert counts.decode_bytes(config, rows=2, context=10, itemsize=2) == 2 * (2 * 30720 + 64 * 320 + 2 * 2 * 10 * 2 * 32)
+
+
+@pytest.mark.parametrize(("size", "published"), [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
+def test_parameters(backbone: Any, counts: Any, size: str, published: int) -> None:
+    config = backbone.config_of(size)
+    assert counts.parameters(config) == published
+    assert counts.parameters(config) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def test_default_size_is_about_100_m(backbone: Any, counts: Any) -> None:
+    assert counts.parameters(backbone.config_of("100m")) == pytest.approx(110e6, rel=0.1)
+
+
+def test_chips(counts: Any) -> None:
+    assert counts.chip_of("NVIDIA H200") == (989, 4800)
+    assert counts.chip_of("TPU v5 lite").tflops == 197
+    assert counts.chip_of("TPU v5").tflops == counts.chip_of("TPU v5p").tflops == 459
+    assert counts.chip_of("cpu") is None
+
+
+def test_training_and_decoding_count_every_token(backbone: Any, counts: Any, sides: Any) -> None:
+    config = backbone.config_of("tiny")
+    work, unit = backbone.work_of(sides.Phase("train", 2, 6), config, 4)
+    assert (work, unit) == (3 * counts.decoder_operations(config.decoder, 2, 6, 12), "TFLOP/s")
+    work, unit = backbone.work_of(sides.Phase("decode", 3, 10, new=3), config, 2)
+    assert (work, unit) == (sum(counts.decode_bytes(config.decoder, 3, context, 2) for context in (11, 12)), "TB/s")
+
+
+def test_summary_takes_the_fastest_peer(backbone: Any, counts: Any, sides: Any) -> None:
+    config, phase = backbone.config_of("tiny"), sides.Phase("prefill", 2, 5)
+    seconds = {"blm_jax": [2.0, 1.0, 3.0], "fast": [4.0, 3.0, 3.0], "slow": [9.0, 2.0, 9.0]}
+    row = backbone.summary(phase, config, 4, seconds, counts.Chip(1e-6, 1.0))
+    assert row["ratio"] == {"peer": "fast", "median": 1.5, "min": 3.0, "rounds": [1.0, 3.0]}
+    ours = row["sides"]["blm_jax"]
+    assert (ours["median_s"], ours["min_s"], ours["tokens_per_s"]) == (2.0, 1.0, 5.0)
+    assert ours["of_peak"] == pytest.approx(counts.decoder_operations(config.decoder, 2, 5, 2) / 2 / 1e6)
+
+
+def test_sides_take_turns(backbone: Any) -> None:
+    order = []
+
+    def run(name: str) -> Any:
+        return lambda: (float(len(order)), order.append(name))
+
+    seconds = backbone.take_turns({"a": run("a"), "b": run("b")}, 3, 0)
+    assert order == ["a", "b"] * 3
+    assert seconds == {"a": [0.0, 2.0, 4.0], "b": [1.0, 3.0, 5.0]}
+
+
+def test_side_by_side(
+    backbone: Any, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The float32 plan whole: outputs agree, all phases are timed, cores and threads are pinned, the result is kept."""
+    torch.set_num_threads(2)
+    pinned = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: pinned.append(len(cores)))
+    monkeypatch.setattr(backbone, "RESULTS", tmp_path)
+    result = backbone.main(["--size", "tiny", "--repeats", "1", "--threads", "1", "--save"])
+    assert pinned == [1] and torch.get_num_threads() == 1
+    assert [row["sizes"]["kind"] for row in result["phases"]] == ["prefill", "prefill", "decode", "decode", "train", "train"]
+    assert all(row["compared"] and row["ratio"]["median"] > 0 for row in result["phases"])
+    assert len(result["phases"][-1]["sides"]) == 3  # ours and both of PyTorch's optimizers
+    assert [path.name for path in tmp_path.iterdir()] == ["backbone_cpu.json"]
+    assert json.loads((tmp_path / "backbone_cpu.json").read_text()) == json.loads(json.dumps(result))
+    assert "training step 2x48, 2 pictures" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_when_outputs_differ(backbone: Any, sides: Any, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = sides.Transformers.params
+
+    def wrong(peer: Any) -> dict[str, Any]:
+        params = honest(peer)
+        params["decoder"]["norm"]["scale"] *= 1.1
+        return params
+
+    monkeypatch.setattr(sides.Transformers, "params", wrong)
+    for phase in (sides.Phase("prefill", 1, 16), sides.Phase("train", 1, 16)):
+        with pytest.raises(RunError, match=rf"{phase.title}: the two sides do not agree"):
+            backbone.side_by_side(backbone.config_of("tiny"), [phase], 1)
+
+
+def test_on_an_accelerators_plan(backbone: Any, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    result = backbone.main(["--size", "tiny", "--dtype", "bfloat16", "--repeats", "1", "--peak-tflops", "1", "--bandwidth", "100"])
+    assert [row["sizes"]["kind"] for row in result["phases"]] == ["prefill", "prefill", "vision", "decode", "decode"]
+    for row in result["phases"]:
+        assert list(row["sides"]) == ["blm_jax", "transformers"]
+        assert all(0 < side["of_peak"] < 1 for side in row["sides"].values())
+    assert "%" in capsys.readouterr().out
+
+
+def test_without_a_peer(backbone: Any, sides: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(backbone, "peer_device", lambda _: ("torch sees no GPU", "cuda"))
+    monkeypatch.setattr(backbone, "phases_of", lambda *_: [sides.Phase("prefill", 1, 16)])
+    result = backbone.main(["--size", "tiny", "--dtype", "bfloat16", "--repeats", "1"])
+    assert list(result["phases"][0]["sides"]) == ["blm_jax"]
+    assert "note: transformers was not measured: torch sees no GPU" in capsys.readouterr().out
+
+
+def test_peer_needs_the_same_device(backbone: Any) -> None:
+    assert backbone.peer_device("cpu") == (None, "cpu")
+    assert backbone.peer_device("tpu")[0] == "torch does not run on tpu"
+    if not torch.cuda.is_available():
+        assert "sees no GPU" in backbone.peer_device("gpu")[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--size", "7b"], "--size 7b takes too long in float32"),
+        (["--size", "3b", "--dtype", "bfloat16"], "jax sees none here"),
+        (["--repeats", "0"], "at least 1"),
+        (["--threads", "100000"], "cores to run on"),
+        (["--bandwidth", "100"], "go together"),
+    ],
+)
+def test_wrong_requests(backbone: Any, argv: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        backbone.main(argv)
+
+
+def test_cross_entropy_as_in_torch() -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 3, (2, 7, 11)).astype(np.float32)
+    targets = random.integers(0, 11, (2, 7))
+    weights = random.integers(0, 2, (2, 7)).astype(np.float32)
+    each = torch.nn.functional.cross_entropy(torch.tensor(logits).flatten(0, 1), torch.tensor(targets).flatten(), reduction="none")
+    expected = float((each.numpy() * weights.ravel()).sum() / weights.sum())
+    assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(weights))) == pytest.approx(expected, rel=1e-6)
+    assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.zeros((2, 7)))) == 0
