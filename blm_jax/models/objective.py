@@ -75,7 +75,7 @@ def losses(
     robots: RobotRows,
     chunks: Chunks,
     future: IntentRows,
-    has_future: jax.Array,
+    has_future: jax.Array | np.ndarray,
     keys: jax.Array,
     *,
     train: bool = True,
@@ -120,7 +120,7 @@ def losses(
         action=error.reshape(rows, -1).sum(axis=1),
         action_weight=mask.reshape(rows, -1).sum(axis=1).astype(jnp.float32),
         future=distance,
-        future_weight=has_future.astype(jnp.float32),
+        future_weight=jnp.asarray(has_future, jnp.float32),
     )
 
 

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from blm_jax.batch import Chunks, IntentRows, RobotRows
+from blm_jax.batch import Array, Chunks, IntentRows, RobotRows
 from blm_jax.config import BridgeConfig, ComputeConfig, DiTConfig, EmbodimentConfig, ObjectiveConfig, PolicyConfig
 from blm_jax.models.bridge import Bridge
 from blm_jax.models.objective import follow, losses
@@ -59,7 +59,7 @@ class Inputs:
     robots: RobotRows
     chunks: Chunks
     future: IntentRows
-    has_future: np.ndarray  # [rows] bool
+    has_future: Array  # [rows] bool
 
     @property
     def rows(self) -> int:
@@ -107,7 +107,7 @@ def make_inputs(config: PolicyConfig = SMALL, rows: int = 4, tokens: int = 11, *
     )
 
 
-def make_noise(config: PolicyConfig, rows: int, *, seed: int = 0) -> np.ndarray:
+def make_noise(config: PolicyConfig, rows: int, *, seed: int = 0) -> Array:
     shape = (rows, config.horizon, config.embodiment.action_width)
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 

@@ -32,7 +32,7 @@ TRAINED = small(objective=dict(prefix=3, draws=2), dit=dict(dropout=0.3), embodi
 POOL = make_inputs(TRAINED, rows=8, seed=1)
 KEYS = jax.random.split(jax.random.key(6), 8)  # that hide the states of the first row and of the last
 NOISE = make_noise(TRAINED, 8)
-CLOSE = dict(atol=3e-5, rtol=1e-4)  # float32, summed in another order
+CLOSE: dict[str, Any] = dict(atol=3e-5, rtol=1e-4)  # float32, summed in another order
 
 
 def everything(policy: Policy, inputs: Inputs, keys: jax.Array, noise: jax.Array) -> dict[str, Any]:
@@ -77,10 +77,10 @@ def clean_rows(policy: Policy) -> Any:
 
 
 def spoil(inputs: Inputs, value: float, rng: np.random.Generator) -> Inputs:
-    """`value` in all dimensions that are absent, and finite junk of its size in padding of intents."""
+    """`value` in all dimensions that are absent, junk of its size in padding of intents, and places that are none."""
 
     def tokens(intent: IntentRows) -> IntentRows:
-        junk = np.nan_to_num(np.float32(value), nan=100.0) * rng.standard_normal(intent.hidden.shape, np.float32)
+        junk = np.float32(value) * rng.standard_normal(intent.hidden.shape, np.float32)
         places = rng.integers(0, 4, intent.places.shape, np.int32)
         real = intent.mask[..., None]
         return IntentRows(np.where(real, intent.hidden, junk), intent.mask, np.where(real, intent.places, places))
@@ -241,8 +241,10 @@ def test_gradients_reach_what_they_should(policy: Policy) -> None:
 
 def test_times_are_drawn_as_they_should() -> None:
     config, keys = ObjectiveConfig(), jax.random.split(jax.random.key(0), 5000)
-    for path, distribution in (("flow", lambda t: 1 - stats.beta(1.5, 1).cdf(0.999 * (1 - t))), ("ddim", stats.uniform.cdf)):
-        times = np.asarray(jax.vmap(lambda key, path=path: PATHS[path].time(key, config))(keys))
+    expected: dict[Path, Any] = {"flow": lambda t: 1 - stats.beta(1.5, 1).cdf(0.999 * (1 - t)), "ddim": stats.uniform.cdf}
+    tables: dict[str, Any] = dict(PATHS)
+    for path, distribution in expected.items():
+        times = np.asarray(jax.vmap(lambda key, path=path: tables[path].time(key, config))(keys))
         assert times.min() >= 0 and times.max() <= 1
         assert stats.kstest(times, distribution).pvalue > 0.01
 
@@ -349,7 +351,7 @@ def test_samples_of_an_observation_are_as_if_it_were_given_for_each(policy: Poli
     traces = []
 
     @jax.jit
-    def run(policy: Policy, inputs: Inputs, noise: np.ndarray) -> jax.Array:
+    def run(policy: Policy, inputs: Inputs, noise: jax.Array) -> jax.Array:
         traces.append(0)
         return sample(policy, policy.condition(inputs.intent, inputs.robots), noise, 2)
 
