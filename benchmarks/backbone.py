@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # jax is imported once the threads are pinned
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 REST = 0.25  # seconds; idle OpenMP threads may spin for 0.2
-REPEATS = 7
+REPEATS = 5
 TOKENS = TokenConfig(image=1, video=2, vision_start=3, vision_end=4, pad=0)
 SMALL = {
     "100m": BackboneConfig(
@@ -95,13 +95,24 @@ def phases_of(size: str, dtype: str) -> list[Phase]:
 
 
 def take_turns(runs: dict[str, Run], repeats: int, rest: float) -> dict[str, list[float]]:
-    """Seconds of each: A B A B ..., so that whatever else the machine does falls on all alike."""
+    """Seconds of each: A B A B ..., so that whatever else the machine does falls on all alike.
+
+    A turn begins with a run that is not timed. Memory that a side gave back before it waited is fetched there, gigabytes for a
+    training step, which no one pays who takes step after step.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             time.sleep(rest)
+            run()
             seconds[name].append(run()[0])
     return seconds
+
+
+def foreign_work() -> float:
+    """Core seconds that other processes have used on this machine."""
+    user, nice, system, _idle, _waiting, *rest = (int(ticks) for ticks in Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def side_by_side(config: BackboneConfig, phases: list[Phase], repeats: int) -> list[Result]:
@@ -116,10 +127,11 @@ def side_by_side(config: BackboneConfig, phases: list[Phase], repeats: int) -> l
         examples = examples_of(phase, config)
         runs = ours.runs(phase, examples) | peer.runs(phase, examples)
         compared = agree(phase, runs, peer, examples)
-        for run in runs.values():
-            run()  # the other optimizer of PyTorch makes its moments; all are warm
         progress(f"{phase.title}: {repeats} rounds")
-        results.append(summary(phase, config, 4, take_turns(runs, repeats, REST)) | {"compared": compared})
+        start, before = time.perf_counter(), foreign_work()
+        seconds = take_turns(runs, repeats, REST)
+        others = (foreign_work() - before) / (time.perf_counter() - start)
+        results.append(summary(phase, config, 4, seconds) | {"compared": compared, "others_cores": round(others, 2)})
     return results
 
 
@@ -179,7 +191,8 @@ def seconds_of(name: str, config: BackboneConfig, phases: list[Phase], repeats: 
     for phase in phases:
         progress(f"{phase.title}: {name}")
         runs = side.runs(phase, examples_of(phase, config))
-        take_turns(runs, 2, 0)  # compiles, then fills caches
+        for run in runs.values():
+            run()  # compiles
         seconds.append(take_turns(runs, repeats, 0))
     return seconds
 
@@ -265,10 +278,11 @@ def cpu_name() -> str:
     return f"{facts['model name']}, family {facts.get('cpu family')}, model {facts.get('model')}"
 
 
-def notes_of(dtype: str, no_peer: str | None, load: float) -> list[str]:
+def notes_of(dtype: str, rows: list[Result], no_peer: str | None) -> list[str]:
     notes = ["transformers runs eagerly, with PyTorch's sdpa for attention"]
-    if load > 0.5:
-        notes.append(f"the machine was busy (load {load:.1f}), which slows PyTorch more than XLA: measure again on a quiet one")
+    busy = max(row.get("others_cores", 0) for row in rows)
+    if busy > 0.1:
+        notes.append(f"other processes kept up to {busy:.1f} cores busy meanwhile: measure again on a quiet machine")
     if dtype == "float32" and "AMD" in cpu_name():
         notes.append("PyTorch multiplies by MKL, which takes a slower path on processors of AMD: on those of Intel expect lower ratios")
     if no_peer is not None:
@@ -285,7 +299,6 @@ def progress(text: str) -> None:
 
 def main(argv: list[str]) -> Result:
     args = parse(argv)
-    load = os.getloadavg()[0]
     if args.dtype == "float32":
         pin(args.threads)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch its share of an accelerator
@@ -306,8 +319,7 @@ def main(argv: list[str]) -> Result:
         "threads": args.threads if args.dtype == "float32" else None,
         "repeats": args.repeats,
         "phases": rows,
-        "load_before": load,
-        "notes": notes_of(args.dtype, no_peer, load),
+        "notes": notes_of(args.dtype, rows, no_peer),
     }
     show(result)
     if args.save:

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,8 +119,8 @@ def test_sides_take_turns(backbone: Any) -> None:
         return lambda: (float(len(order)), order.append(name))
 
     seconds = backbone.take_turns({"a": run("a"), "b": run("b")}, 3, 0)
-    assert order == ["a", "b"] * 3
-    assert seconds == {"a": [0.0, 2.0, 4.0], "b": [1.0, 3.0, 5.0]}
+    assert order == ["a", "a", "b", "b"] * 3  # the first run of a turn is not timed
+    assert seconds == {"a": [1.0, 5.0, 9.0], "b": [3.0, 7.0, 11.0]}
 
 
 def test_side_by_side(
@@ -134,6 +135,7 @@ def test_side_by_side(
     assert pinned == [1] and torch.get_num_threads() == 1
     assert [row["sizes"]["kind"] for row in result["phases"]] == ["prefill", "prefill", "decode", "decode", "train", "train"]
     assert all(row["compared"] and row["ratio"]["median"] > 0 for row in result["phases"])
+    assert all("others_cores" in row for row in result["phases"])
     assert len(result["phases"][-1]["sides"]) == 3  # ours and both of PyTorch's optimizers
     assert [path.name for path in tmp_path.iterdir()] == ["backbone_cpu.json"]
     assert json.loads((tmp_path / "backbone_cpu.json").read_text()) == json.loads(json.dumps(result))
@@ -169,6 +171,12 @@ def test_without_a_peer(backbone: Any, sides: Any, monkeypatch: pytest.MonkeyPat
     result = backbone.main(["--size", "tiny", "--dtype", "bfloat16", "--repeats", "1"])
     assert list(result["phases"][0]["sides"]) == ["blm_jax"]
     assert "note: transformers was not measured: torch sees no GPU" in capsys.readouterr().out
+
+
+def test_work_of_others_is_seen(backbone: Any) -> None:
+    before = backbone.foreign_work()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert backbone.foreign_work() - before > 0.4
 
 
 def test_peer_needs_the_same_device(backbone: Any) -> None:

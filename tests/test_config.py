@@ -34,7 +34,7 @@ SAMPLING = st.builds(
     top_k=st.none() | st.integers(1),
     top_p=st.floats(0, 1, exclude_min=True),
     seed=st.integers(0, 2**32 - 1),
-    stop=st.lists(st.integers()).map(tuple),
+    stop=st.lists(st.integers(0, 2**31 - 1)).map(tuple),
 )
 # Any text may be a name or a value of the compiler's: colons, quotes, line breaks, `null`, `010`, nothing at all.
 HARDWARE = st.builds(
