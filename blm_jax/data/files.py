@@ -7,6 +7,7 @@ import binascii
 import importlib.util
 import json
 import os
+import secrets
 import urllib.parse
 from typing import Any
 
@@ -78,6 +79,23 @@ def read_text(path: epath.Path) -> str:
         return path.read_text()
     except (ValueError, OSError) as error:
         raise RequestError(f"{path} cannot be read as text: {one_line(error)}") from error
+
+
+def write_whole(path: epath.Path, contents: bytes) -> None:
+    """A file that appears whole or not at all, its directories with it."""
+    try:
+        if "://" in os.fspath(path):  # an object in a bucket appears when all of it is there
+            path.write_bytes(contents)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+        try:
+            partial.write_bytes(contents)
+            os.rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror or one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:
