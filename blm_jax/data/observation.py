@@ -16,8 +16,6 @@ A file of chunks is an .npz with the arrays
 from __future__ import annotations
 
 import io
-import os
-import secrets
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from etils import epath
 
 from blm_jax.config import BackboneConfig
 from blm_jax.configfile import suggest
-from blm_jax.data.files import one_line, open_path
+from blm_jax.data.files import one_line, open_path, write_whole
 from blm_jax.data.prompt import Example
 from blm_jax.data.robots import Camera, Dimension, Robot, clip
 from blm_jax.errors import RequestError, RunError
@@ -51,11 +49,12 @@ class Observation:
 def check(observation: Observation, robot: Robot) -> Observation:
     """The observation as the robot's entry wants it: its state float32, its pictures by name in the order of the cameras."""
     return Observation(
-        _checked_state(observation.state, robot), _checked_images(observation.images, robot), _checked_text(observation.instruction)
+        check_state(observation.state, robot), _checked_images(observation.images, robot), _checked_text(observation.instruction)
     )
 
 
-def _checked_state(state: Any, robot: Robot) -> np.ndarray:
+def check_state(state: Any, robot: Robot) -> np.ndarray:
+    """[dims] float32."""
     try:
         values = np.asarray(state, np.float64)
     except (TypeError, ValueError):
@@ -63,24 +62,33 @@ def _checked_state(state: Any, robot: Robot) -> np.ndarray:
     if values.shape != (len(robot.state),):
         names = ", ".join(dimension.name for dimension in robot.state)
         raise RequestError(f"the state of {robot.name} has the shape {list(values.shape)}, not [{len(robot.state)}]: give {names}")
-    for i, (value, dimension) in enumerate(zip(values.tolist(), robot.state, strict=True)):
-        if not np.isfinite(value):
-            raise RequestError(f"state {i} ({dimension.name}) of {robot.name} is {value}: it must be a finite number")
-        room = OVERSHOOT * (dimension.high - dimension.low)
-        if not dimension.low - room <= value <= dimension.high + room:
-            raise RequestError(
-                f"state {i} ({dimension.name}) of {robot.name} is {value:g}, far outside its limits of {dimension.low:g} to "
-                f"{dimension.high:g} {dimension.unit}: {_unit_hint(value, dimension)}"
-            )
+    _check_values(values, robot.state, "state", robot.name)
     return values.astype(np.float32)
 
 
-def _unit_hint(value: float, dimension: Dimension) -> str:
+def _check_values(values: np.ndarray, dimensions: Sequence[Dimension], what: str, whose: str) -> None:
+    """values [..., dims]: finite, and near their limits at least."""
+    room = np.array([OVERSHOOT * (dimension.high - dimension.low) for dimension in dimensions])
+    low, high = (np.array([getattr(dimension, side) for dimension in dimensions]) for side in ("low", "high"))
+    wrong = np.argwhere(~((low - room <= values) & (values <= high + room)))  # this way round for NaN
+    if not len(wrong):
+        return
+    i, value = wrong[0, -1], float(values[tuple(wrong[0])])
+    dimension = dimensions[i]
+    if not np.isfinite(value):
+        raise RequestError(f"{what} {i} ({dimension.name}) of {whose} is {value}: it must be a finite number")
+    raise RequestError(
+        f"{what} {i} ({dimension.name}) of {whose} is {value:g}, far outside its limits of {dimension.low:g} to "
+        f"{dimension.high:g} {dimension.unit}: {_unit_hint(value, dimension, what)}"
+    )
+
+
+def _unit_hint(value: float, dimension: Dimension, what: str) -> str:
     if dimension.unit == "rad" and dimension.low <= np.deg2rad(value) <= dimension.high:
         return "is it in degrees? give radians"
     if dimension.kind == "gripper":
         return "give the gripper's opening, 0 closed and 1 open"
-    return "check the order of the state and its units"
+    return f"check the order of the {what} and its units"
 
 
 def _checked_images(images: Any, robot: Robot) -> dict[str, np.ndarray]:
@@ -136,6 +144,46 @@ def _checked_text(instruction: Any) -> str:
     return instruction
 
 
+def check_last(last: Sequence[Any] | None, delay: int, robots: Sequence[Robot], samples: int, prefix: int) -> list[np.ndarray] | None:
+    """What is left of last chunks, [samples, steps, dims] each, within the robots' limits; None if there are none.
+
+    `last` holds [steps, dims] for each robot, or a chunk for each sample; the first `delay` steps will have been executed when
+    the new chunk is ready. `prefix` is how many given steps a policy was trained with, 0 for one that is guided.
+    """
+    if last is None:
+        if delay:
+            raise RequestError(f"the delay is {delay}, but of which chunk? Give what is left of the last one")
+        return None
+    if len(last) != len(robots):
+        raise RequestError(f"there are {len(last)} last chunks for {len(robots)} observations: give as many")
+    left = [_checked_left(one, robot, samples) for one, robot in zip(last, robots, strict=True)]
+    lengths = sorted({one.shape[1] for one in left})
+    if len(lengths) > 1:
+        raise RequestError(f"of the last chunks {' and '.join(map(str, lengths))} steps are left: cut them to the same number")
+    if isinstance(delay, bool) or not isinstance(delay, int | np.integer) or not 0 <= delay <= lengths[0]:
+        raise RequestError(f"the delay is {delay}: it is a whole number of steps, from 0 to the {lengths[0]} left of the last chunk")
+    if prefix and delay > prefix:
+        raise RequestError(
+            f"the delay is {delay} steps, but the policy was trained with at most {prefix} given: ask sooner, or train with a longer prefix"
+        )
+    return left
+
+
+def _checked_left(left: Any, robot: Robot, samples: int) -> np.ndarray:
+    dims = len(robot.action)
+    try:
+        values = np.asarray(left, np.float64)
+    except (TypeError, ValueError):
+        raise RequestError(f"what is left of {robot.name}'s last chunk must be an array [steps, {dims}] of numbers") from None
+    if values.ndim not in (2, 3) or values.shape[-1] != dims or values.shape[:-2] not in ((), (samples,)):
+        shapes = f"[steps, {dims}] or, a chunk for each sample, [{samples}, steps, {dims}]"
+        raise RequestError(f"what is left of {robot.name}'s last chunk has the shape {list(values.shape)}, not {shapes}")
+    if values.shape[-2] > robot.horizon:
+        raise RequestError(f"{values.shape[-2]} steps are left of {robot.name}'s last chunk, more than the {robot.horizon} of a chunk")
+    _check_values(values, robot.action, "action", f"{robot.name}'s last chunk")
+    return np.broadcast_to(clip(values, robot), (samples, *values.shape[-2:]))
+
+
 # --- files ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +226,21 @@ def _read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
         raise RequestError(f"{path} cannot be read as an .npz of plain arrays: {one_line(error)}") from error
 
 
+def read_last(path: epath.PathLike, robot: Robot) -> list[np.ndarray]:
+    """Of a file of chunks, what is left of each when `executed` steps are taken: [steps, dims], or [samples, steps, dims] of several."""
+    arrays = _read_arrays(open_path(path))
+    missing = [name for name in ("actions", "robot", "executed") if name not in arrays]
+    if missing:
+        raise RequestError(f"{path} has no {', '.join(missing)}: it is no file of chunks, as `blm act` writes them")
+    actions, whose, executed = arrays["actions"], arrays["robot"], arrays["executed"]
+    if str(whose) != robot.name:
+        raise RequestError(f"{path} holds chunks of {whose}, not of {robot.name}")
+    numbers = actions.ndim == 4 and actions.dtype.kind == "f" and executed.ndim == 0 and executed.dtype.kind in "iu"
+    if not numbers or not 0 <= executed <= actions.shape[2]:
+        raise RequestError(f"{path}: actions must be numbers [n, samples, horizon, dims], and executed some steps of a horizon")
+    return [chunks[0] if len(chunks) == 1 else chunks for chunks in actions[:, :, int(executed) :]]
+
+
 def check_output(path: epath.PathLike) -> None:
     """Refuses, before any work is done, a file that is there already."""
     if open_path(path).exists():
@@ -201,23 +264,7 @@ def write_chunks(path: epath.PathLike, actions: np.ndarray, robot: Robot) -> Non
         hz=np.array(robot.hz),
         executed=np.array(robot.executed),
     )
-    _write_whole(open_path(path), contents.getvalue())
-
-
-def _write_whole(path: epath.Path, contents: bytes) -> None:
-    try:
-        if "://" in os.fspath(path):  # an object in a bucket appears when all of it is there
-            path.write_bytes(contents)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-        try:
-            partial.write_bytes(contents)
-            os.rename(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written: {error.strerror or one_line(error)}") from error
+    write_whole(open_path(path), contents.getvalue())
 
 
 # --- the prompt ----------------------------------------------------------------------------------------------------------------

@@ -185,6 +185,33 @@ def load_robots(files: Iterable[Any] = ()) -> dict[str, Robot]:
     return robots
 
 
+def check_stored(stored: Mapping[str, Robot], files: Iterable[Any]) -> None:
+    """Refuses a user's file that describes a robot otherwise than the one of that name which a policy was trained with."""
+    load_robots(files)
+    for file in files:
+        for robot in configfile.read(RobotFile, file).robots:
+            difference = _difference(asdict(robot), asdict(stored.get(robot.name, robot)))
+            if difference:
+                raise RequestError(f"{file}: robot {robot.name} is not the one that is stored with the policy: {difference}; rename it")
+
+
+def _difference(found: Any, wanted: Any, path: str = "") -> str:
+    """The first place where two trees differ, or nothing."""
+    if found == wanted:
+        return ""
+    if isinstance(found, dict) and isinstance(wanted, dict) and found.keys() == wanted.keys():
+        parts = [(key, found[key], wanted[key]) for key in found]
+    elif isinstance(found, tuple) and isinstance(wanted, tuple) and len(found) == len(wanted):
+        parts = [(str(i), one, other) for i, (one, other) in enumerate(zip(found, wanted, strict=True))]
+    else:
+        said = [
+            ", ".join(value) if isinstance(value, dict) else f"{len(value)} entries" if isinstance(value, tuple) else value
+            for value in (found, wanted)
+        ]
+        return f"{path} is {said[0] or 'empty'}, there {said[1] or 'empty'}"
+    return next(filter(None, (_difference(one, other, f"{path}.{key}" if path else key) for key, one, other in parts)))
+
+
 def find_robot(name: str, robots: Mapping[str, Robot]) -> Robot:
     if name not in robots:
         raise RequestError(f"there is no robot {name!r}{suggest(name, robots) or '; there are ' + ', '.join(robots)}")

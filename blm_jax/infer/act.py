@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,33 @@ from blm_jax import mesh as meshes
 from blm_jax.batch import Batch, IntentRows, RobotRows
 from blm_jax.config import ComputeConfig, PolicyConfig
 from blm_jax.data.collate import collate
-from blm_jax.data.observation import Observation, check, intent_tokens, messages_for
+from blm_jax.data.observation import Observation, check, check_last, check_state, intent_tokens, messages_for
 from blm_jax.data.prompt import Example, PromptEngine
-from blm_jax.data.robots import Robot, action_mask, find_robot, pad, state_mask
-from blm_jax.data.statistics import decode_actions, encode_state
+from blm_jax.data.robots import Robot, action_mask, pad, state_mask
+from blm_jax.data.statistics import decode_actions, encode_actions, encode_state
 from blm_jax.errors import RequestError
 from blm_jax.infer.engine import open_engine
 from blm_jax.infer.generate import bucket
 from blm_jax.models.mllm import Mllm, abstract_params, with_params
-from blm_jax.models.objective import sample
+from blm_jax.models.objective import Committed, sample
 from blm_jax.models.policy import Policy, abstract_policy, policy_with_params
 from blm_jax.weights.load import load_params
-from blm_jax.weights.policy import PolicyFiles, load_policy_params, read_policy
+from blm_jax.weights.policy import PolicyFiles, check_backbone, load_policy_params, read_policy
 from blm_jax.weights.source import read_config
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What the backbone makes of observations. It stays on the devices, divided as the mesh divides rows."""
+
+    robots: tuple[str, ...]  # whose, one an observation
+    rows: IntentRows  # of these observations, then of none, to as many as the mesh divides
+
+
+class Prompts(NamedTuple):
+    batch: Batch
+    mask: jax.Array  # [rows, tokens] bool: which tokens are intent
+    places: jax.Array  # [rows, tokens, 4]: where each was seen
 
 
 class Actor:
@@ -40,30 +55,70 @@ class Actor:
         self.engine = engine
         self.mesh = mesh
 
-    def sample_actions(
-        self, observations: Sequence[Observation], robots: Sequence[str], *, samples: int = 1, seed: int = 0, steps: int | None = None
-    ) -> list[np.ndarray]:
-        """Chunks in the robot's own units and limits, [samples, horizon, dims] for each observation; robots may differ."""
-        known = [find_robot(name, self.files.robots) for name in robots]
-        cameras = self.policy.config.bridge.cameras
-        for robot in known:
-            if len(robot.cameras) > cameras:
-                raise RequestError(f"{robot.name} has {len(robot.cameras)} cameras, and the policy's bridge tells {cameras} apart")
-        checked = [check(observation, robot) for observation, robot in zip(observations, known, strict=True)]
-        batch, mask, places = self._prompts([self._encode(observation, robot) for observation, robot in zip(checked, known, strict=True)])
-        rows = self._robots(checked, known, len(mask))
-        steps = steps or self.policy.config.objective.steps
+    def intent(self, observations: Sequence[Observation], robots: Sequence[str]) -> Intent:
+        """The backbone's part of `sample_actions`, for as many calls of it as wanted."""
+        known = self._find(observations, robots)
+        prompts = self._prompts([check(observation, robot) for observation, robot in zip(observations, known, strict=True)], known)
         with meshes.use(self.mesh):
-            actions = _act(self.backbone, self.policy, batch, mask, places, rows, np.uint32(seed), samples=samples, steps=steps)
-        chunks = np.asarray(actions).reshape(-1, samples, *actions.shape[1:])
-        return [self._decode(chunk, one, robot) for chunk, one, robot in zip(chunks, checked, known, strict=False)]
+            return Intent(tuple(robots), look(self.backbone, prompts, self.policy.config.intent_block))
+
+    def sample_actions(
+        self,
+        observations: Sequence[Observation],
+        robots: Sequence[str],
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        steps: int | None = None,
+        intent: Intent | None = None,
+        last: Sequence[Any] | None = None,
+        delay: int = 0,
+    ) -> list[np.ndarray]:
+        """Chunks in the robot's own units and limits, [samples, horizon, dims] for each observation; robots may differ.
+
+        With `intent`, made of these observations or of earlier ones, only their states are read, and the backbone does not run.
+
+        To make chunks while the robot moves, give what is left of the `last` ones, [left, dims] or [samples, left, dims] for each
+        observation, beginning with the step at which the state was read, and how many of these steps will have been executed
+        when the new chunk is ready: the `delay`. The new chunk begins with these, and goes on smoothly.
+        """
+        known = self._find(observations, robots)
+        left = check_last(last, delay, known, samples, self.policy.config.objective.prefix)
+        if intent is None:
+            checked = [check(observation, robot) for observation, robot in zip(observations, known, strict=True)]
+            states, seen = [observation.state for observation in checked], self._prompts(checked, known)
+        else:
+            if intent.robots != tuple(robots):
+                raise RequestError(f"the intent is of {', '.join(intent.robots)}, the actions are asked for {', '.join(robots)}")
+            states = [check_state(observation.state, robot) for observation, robot in zip(observations, known, strict=True)]
+            seen = intent.rows
+        count = seen.mask.shape[0]
+        committed = None if left is None else self._committed(left, delay, states, known, count)
+        arguments = self._robots(states, known, count), np.uint32(seed), committed
+        options = {"samples": samples, "steps": steps or self.policy.config.objective.steps}
+        with meshes.use(self.mesh):
+            if isinstance(seen, IntentRows):
+                made = denoise(self.policy, seen, *arguments, **options)
+            else:
+                made = act(self.backbone, self.policy, seen, *arguments, **options)
+        made = np.asarray(made).reshape(count, samples, *made.shape[1:])
+        chunks = [self._decode(chunk, state, robot) for chunk, state, robot in zip(made, states, known, strict=False)]
+        if left is not None:
+            # They are executed whatever the model makes of them, in dimensions that never move by its statistics too.
+            chunks = [np.concatenate([old[:, :delay], new[:, delay:]], axis=1) for old, new in zip(left, chunks, strict=True)]
+        return chunks
+
+    def _find(self, observations: Sequence[Observation], robots: Sequence[str]) -> list[Robot]:
+        if not robots or len(robots) != len(observations):
+            raise RequestError(f"there are {len(observations)} observations of {len(robots)} robots: give as many, at least one")
+        return [self.files.find(name) for name in robots]
 
     def _encode(self, observation: Observation, robot: Robot) -> Example:
         first = self.policy.config.instruction == "before"
         return self.engine.encode(messages_for(observation, robot, first), add_generation_prompt=True)
 
-    def _prompts(self, examples: Sequence[Example]) -> tuple[Batch, np.ndarray, np.ndarray]:
-        """The batch, and for each of its tokens whether it belongs to the intent, and where it was seen."""
+    def _prompts(self, observations: Sequence[Observation], robots: Sequence[Robot]) -> Prompts:
+        examples = [self._encode(observation, robot) for observation, robot in zip(observations, robots, strict=True)]
         shards = meshes.batch_shards(self.mesh)
         rows = [[example] for example in examples] + [[] for _ in range(-len(examples) % shards)]
         length = bucket(max(len(example.tokens) for example in examples))
@@ -73,31 +128,44 @@ class Actor:
         for i, example in enumerate(examples):
             n = len(example.tokens)
             mask[i, :n], places[i, :n] = intent_tokens(example, self.engine.config)
-        return meshes.put(batch, self.mesh), meshes.put(mask, self.mesh), meshes.put(places, self.mesh)
+        return meshes.put(Prompts(batch, mask, places), self.mesh)  # pyright: ignore[reportArgumentType]
 
-    def _robots(self, observations: Sequence[Observation], robots: Sequence[Robot], rows: int) -> RobotRows:
+    def _robots(self, states: Sequence[np.ndarray], robots: Sequence[Robot], rows: int) -> RobotRows:
         config = self.policy.config
         widths = config.embodiment.state_width, config.embodiment.action_width
         index = np.zeros(rows, np.int32)
-        state = np.zeros((rows, widths[0]), np.float32)
-        states = np.zeros((rows, widths[0]), bool)
-        actions = np.zeros((rows, config.horizon, widths[1]), bool)
-        for i, (observation, robot) in enumerate(zip(observations, robots, strict=True)):
+        encoded = np.zeros((rows, widths[0]), np.float32)
+        state_masks = np.zeros((rows, widths[0]), bool)
+        action_masks = np.zeros((rows, config.horizon, widths[1]), bool)
+        for i, (state, robot) in enumerate(zip(states, robots, strict=True)):
             index[i] = config.robots.index(robot.name)
-            state[i] = pad(encode_state(observation.state, self.files.statistics[robot.name]), widths[0])
-            states[i] = state_mask(robot, widths[0])
-            actions[i] = action_mask(robot, config.horizon, widths[1])
-        return meshes.put(RobotRows(index, state, states, actions), self.mesh)
+            encoded[i] = pad(encode_state(state, self.files.statistics[robot.name]), widths[0])
+            state_masks[i] = state_mask(robot, widths[0])
+            action_masks[i] = action_mask(robot, config.horizon, widths[1])
+        return meshes.put(RobotRows(index, encoded, state_masks, action_masks), self.mesh)
 
-    def _decode(self, chunk: np.ndarray, observation: Observation, robot: Robot) -> np.ndarray:
+    def _committed(
+        self, left: Sequence[np.ndarray], delay: int, states: Sequence[np.ndarray], robots: Sequence[Robot], rows: int
+    ) -> Committed:
+        """As the model reads it: relative to the states of now."""
+        config = self.policy.config
+        samples, overlap = left[0].shape[:2]
+        actions = np.zeros((rows, samples, config.horizon, config.embodiment.action_width), np.float32)
+        for i, (chunk, state, robot) in enumerate(zip(left, states, robots, strict=True)):
+            actions[i, :, :overlap, : chunk.shape[-1]] = encode_actions(chunk, state, self.files.statistics[robot.name], robot)
+        actions = meshes.put(actions.reshape(rows * samples, *actions.shape[2:]), self.mesh)
+        return Committed(actions, np.int32(delay), np.int32(overlap))  # pyright: ignore[reportArgumentType]
+
+    def _decode(self, chunk: np.ndarray, state: np.ndarray, robot: Robot) -> np.ndarray:
         kept = chunk[:, : robot.horizon, : len(robot.action)]
-        return decode_actions(kept, observation.state, self.files.statistics[robot.name], robot)
+        return decode_actions(kept, state, self.files.statistics[robot.name], robot)
 
 
 def load_actor(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None, engine: PromptEngine | None = None) -> Actor:
     """The policy of a MODEL and the first k blocks of its backbone: nothing above them is read."""
     compute = compute or ComputeConfig()
     files, config = read_policy(path), read_config(path)
+    check_backbone(files.config, config)
     decoder = replace(config.decoder, layers=files.config.intent_block, tied=True)  # tied: no head to read
     below = replace(config, decoder=decoder)
     if mesh is not None:
@@ -112,24 +180,37 @@ def load_policy(path: str, files: PolicyFiles, mesh: Mesh | None, compute: Compu
     return policy_with_params(files.config, compute, load_policy_params(path, abstract))
 
 
+@partial(jax.jit, static_argnames="blocks")
+def look(backbone: Mllm, prompts: Prompts, blocks: int) -> IntentRows:
+    hidden = meshes.constrain(backbone.hidden(prompts.batch, blocks), ("batch", "length", "width"))
+    return IntentRows(hidden, prompts.mask, prompts.places)
+
+
 @partial(jax.jit, static_argnames=("samples", "steps"))
-def _act(
+def denoise(
+    policy: Policy, intent: IntentRows, robots: RobotRows, seed: jax.Array, committed: Committed | None, *, samples: int, steps: int
+) -> jax.Array:
+    condition = policy.condition(intent, robots)
+    noise = noise_of(seed, intent.mask.shape[0], samples, policy.config)
+    actions = sample(policy, condition, noise, steps, committed, guided=policy.config.objective.prefix == 0)
+    return meshes.constrain(actions, (None, None, None))
+
+
+@partial(jax.jit, static_argnames=("samples", "steps"))
+def act(
     backbone: Mllm,
     policy: Policy,
-    batch: Batch,
-    mask: jax.Array,
-    places: jax.Array,
+    prompts: Prompts,
     robots: RobotRows,
     seed: jax.Array,
+    committed: Committed | None,
     *,
     samples: int,
     steps: int,
 ) -> jax.Array:
-    hidden = backbone.hidden(batch, policy.config.intent_block)
-    condition = policy.condition(IntentRows(hidden, mask, places), robots)
-    noise = noise_of(seed, mask.shape[0], samples, policy.config)
-    actions = sample(policy, condition, noise, steps)
-    return meshes.constrain(actions, (None, None, None))
+    """Both in one program."""
+    intent = look(backbone, prompts, policy.config.intent_block)
+    return denoise(policy, intent, robots, seed, committed, samples=samples, steps=steps)
 
 
 def noise_of(seed: jax.Array | int, rows: int, samples: int, config: PolicyConfig) -> jax.Array:

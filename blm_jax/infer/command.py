@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from blm_jax import mesh as meshes
 from blm_jax.config import HardwareConfig, MeshConfig, SamplingConfig
-from blm_jax.data.observation import check, check_output, read_observations, write_chunks
+from blm_jax.data.observation import check, check_last, check_output, read_last, read_observations, write_chunks
 from blm_jax.data.prompt import PromptEngine, user_turn
-from blm_jax.data.robots import find_robot
+from blm_jax.data.robots import check_stored
 from blm_jax.infer.act import load_actor
 from blm_jax.infer.engine import open_engine
 from blm_jax.infer.session import load
@@ -64,19 +64,33 @@ def _mesh(hardware: HardwareConfig, engine: PromptEngine) -> Mesh:
 
 
 def act(
-    *, model: str, observations: str, robot: str, samples: int, steps: int | None, seed: int, out: str, hardware: HardwareConfig
+    *,
+    model: str,
+    observations: str,
+    robot: str,
+    robots_files: Sequence[str],
+    samples: int,
+    steps: int | None,
+    seed: int,
+    last: str | None,
+    delay: int,
+    out: str,
+    hardware: HardwareConfig,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     check_output(out)
     seen = read_observations(observations)
-    robots = read_policy(model).robots
-    known = find_robot(robot, robots)
+    files = read_policy(model)
+    check_stored(files.robots, robots_files)
+    known = files.find(robot)
     for observation in seen:
         check(observation, known)
+    left = None if last is None else read_last(last, known)
+    check_last(left, delay, [known] * len(seen), samples, files.config.objective.prefix)
     engine = open_engine(model)
     actor = load_actor(model, _mesh(hardware, engine), hardware.compute, engine)
     loaded = time.perf_counter()
-    chunks = np.stack(actor.sample_actions(seen, [robot] * len(seen), samples=samples, seed=seed, steps=steps))
+    chunks = np.stack(actor.sample_actions(seen, [robot] * len(seen), samples=samples, seed=seed, steps=steps, last=left, delay=delay))
     if jax.process_index() == 0:
         write_chunks(out, chunks, known)
     return {

@@ -19,12 +19,12 @@ from blm_jax.data.files import read_json
 from blm_jax.data.observation import Observation
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.errors import RequestError
-from blm_jax.infer.act import Actor, load_policy
+from blm_jax.infer.act import Actor, Intent, load_policy
 from blm_jax.infer.engine import open_engine
 from blm_jax.infer.generate import Generator
 from blm_jax.models.mllm import Mllm, abstract_params, with_params
 from blm_jax.weights.load import load_params
-from blm_jax.weights.policy import has_policy, read_policy
+from blm_jax.weights.policy import check_backbone, has_policy, read_policy
 from blm_jax.weights.source import assets_dir, read_config
 
 # Messages as OpenAI and transformers write them, or what the prompt engine made of them already.
@@ -99,11 +99,33 @@ class Model:
             yield Answer(piece, tuple(row), None, len(example.tokens))
         yield Answer(text.finish(), (), "stop" if ended else "length", len(example.tokens))
 
-    def sample_actions(self, observation: Observation, robot: str, *, samples: int = 1, seed: int = 0) -> np.ndarray:
-        """Chunks of actions in the robot's own units, [samples, horizon, dims]."""
+    def sample_actions(
+        self,
+        observation: Observation,
+        robot: str,
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        steps: int | None = None,
+        intent: Intent | None = None,
+        last: Any = None,
+        delay: int = 0,
+    ) -> np.ndarray:
+        """Chunks of actions in the robot's own units, [samples, horizon, dims]; see `Actor.sample_actions`."""
+        several = None if last is None else [last]
+        actor = self._acting()
+        return actor.sample_actions(
+            [observation], [robot], samples=samples, seed=seed, steps=steps, intent=intent, last=several, delay=delay
+        )[0]
+
+    def intent(self, observation: Observation, robot: str) -> Intent:
+        """The backbone's part of `sample_actions`."""
+        return self._acting().intent([observation], [robot])
+
+    def _acting(self) -> Actor:
         if self.actor is None:
             raise RequestError("this MODEL has no policy/: it answers questions, and drives no robot")
-        return self.actor.sample_actions([observation], [robot], samples=samples, seed=seed)[0]
+        return self.actor
 
     def _complete(self, sampling: SamplingConfig | None) -> SamplingConfig:
         sampling = sampling or SamplingConfig()
@@ -141,6 +163,7 @@ def load(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = No
     actor = None
     if has_policy(path):
         files = read_policy(path)
+        check_backbone(files.config, config)
         actor = Actor(mllm, load_policy(path, files, mesh, compute), files, engine, mesh)
     return Model(mllm, engine, habits, mesh, actor)
 

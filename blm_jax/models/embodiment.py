@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from blm_jax.config import EmbodimentConfig
+from blm_jax.config import EmbodimentConfig, PolicyConfig
 from blm_jax.models.layers import INIT_SCALE, param, sinusoid
 
 
@@ -62,3 +66,36 @@ class Embodiments(nnx.Module):
     def decode_actions(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
         """x [rows, horizon, width] -> [rows, horizon, action_width]."""
         return self.decode_outer(jax.nn.relu(self.decode_inner(x, chosen)), chosen)
+
+
+# --- rows of a policy's parameters -----------------------------------------------------------------------------------------
+
+
+def robot_rows(params: Mapping[str, Any], robot: int) -> dict[str, Any]:
+    """Which of a policy's parameters are one robot's own: a tree like `params` of bool that broadcast to the leaves.
+
+    To train nothing else, put zeros for all other *updates*: of gradients alone, weight decay and momentum would not know.
+    """
+    count = params["embodiments"]["state_inner"]["bias"].shape[0]
+    if not 0 <= robot < count:
+        raise ValueError(f"there is no row {robot}: the policy has {count} robots")
+
+    def mark(leaf: Any, own: bool) -> np.ndarray:
+        rows = np.arange(count) == robot if own else np.zeros(1, bool)
+        return rows.reshape(-1, *[1] * (leaf.ndim - 1))
+
+    return {name: jax.tree.map(lambda leaf, own=name == "embodiments": mark(leaf, own), part) for name, part in params.items()}
+
+
+def add_robot(params: Mapping[str, Any], config: PolicyConfig, *, seed: int = 0) -> dict[str, Any]:
+    """A policy's parameters with a row for one robot more, the last, as it is before any training. `config` is that of `params`."""
+    count = len(config.robots)
+    old = params["embodiments"]
+
+    def grow(old: dict[str, Any]) -> dict[str, Any]:
+        key = jax.random.fold_in(jax.random.key(seed), count)  # two robots that are added begin differently
+        fresh = nnx.to_pure_dict(nnx.state(Embodiments(1, config.embodiment, config.dit.width, rngs=nnx.Rngs(key)), nnx.Param))
+        return jax.tree.map(lambda rows, row: jnp.concatenate([rows, row.astype(rows.dtype)]), old, fresh)
+
+    # Robots are divided over no axis of a mesh, so a table with another row lies as it did.
+    return {**params, "embodiments": jax.jit(grow, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, old))(old)}

@@ -109,3 +109,14 @@ def abstract_policy(config: PolicyConfig, dtype: DTypeLike = jnp.float32, mesh: 
 
 def policy_with_params(config: PolicyConfig, compute: ComputeConfig, params: dict[str, Any]) -> Policy:
     return around(lambda: Policy(config, compute, rngs=nnx.Rngs(0)), params)
+
+
+def random_policy(config: PolicyConfig, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None, *, seed: int) -> dict[str, Any]:
+    """Parameters as they are before any training, made where they live."""
+
+    def make() -> dict[str, Any]:
+        params = nnx.to_pure_dict(nnx.state(Policy(config, ComputeConfig(), rngs=nnx.Rngs(seed)), nnx.Param))
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_policy(config, dtype, mesh))
+    return jax.jit(make, out_shardings=shardings)()

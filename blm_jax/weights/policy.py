@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path as LocalPath
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from blm_jax import configfile
-from blm_jax.config import PolicyConfig
+from blm_jax.config import BackboneConfig, PolicyConfig
 from blm_jax.configfile import suggest
 from blm_jax.data import robots as registry
 from blm_jax.data import statistics as numbers
@@ -30,9 +30,10 @@ from blm_jax.data.files import open_path, read_json
 from blm_jax.data.robots import Robot
 from blm_jax.data.statistics import Statistics
 from blm_jax.errors import RequestError, RunError
+from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.names import Entry, Path, Shape, Slices, Tensor, some
 from blm_jax.weights.safetensors_file import CODES, PlannedFile, Stored, copy_cast, is_local, read_block, read_header
-from blm_jax.weights.source import PathLike
+from blm_jax.weights.source import PathLike, read_config
 
 POLICY, WEIGHTS, CONTRACT = "policy", "model.safetensors", "config.json"
 TWIN = LocalPath(__file__).parents[1] / "convert" / "twin" / "blm_policy.py"
@@ -63,6 +64,32 @@ class PolicyFiles:
                 raise RequestError(f"robot {robot.name} has {len(robot.cameras)} cameras, more than bridge.cameras {config.bridge.cameras}")
         for name, statistics in self.statistics.items():
             numbers.check_statistics(statistics, registry.find_robot(name, self.robots))
+
+    def find(self, name: str) -> Robot:
+        """A robot that can be driven."""
+        drives = ", ".join(self.statistics) or "no robot"
+        if name not in self.robots:
+            raise RequestError(f"the policy has no row for the robot {name!r}{suggest(name, self.robots)}; it drives {drives}")
+        if name not in self.statistics:
+            raise RequestError(f"the policy has a row for {name}, but was not trained for it: it drives {drives}")
+        return self.robots[name]
+
+
+def with_robot(files: PolicyFiles, robot: Robot, statistics: Statistics | None = None) -> PolicyFiles:
+    """The contract of a policy with one robot more, the last: `models.embodiment.add_robot` makes its row of the weights."""
+    config = replace(files.config, robots=(*files.config.robots, robot.name))
+    known = {} if statistics is None else {robot.name: statistics}
+    return PolicyFiles(config, {**files.robots, robot.name: robot}, {**files.statistics, **known}, files.backbone)
+
+
+def check_backbone(policy: PolicyConfig, backbone: BackboneConfig) -> None:
+    """Refuse a policy that was made for a backbone of another shape."""
+    layers, width = backbone.decoder.layers, backbone.decoder.width
+    if policy.intent_width != width or policy.intent_block > layers:
+        raise RequestError(
+            f"the policy reads block {policy.intent_block} of a backbone {policy.intent_width} wide, "
+            f"but this one has {layers} blocks and is {width} wide: the policy is another backbone's"
+        )
 
 
 def read_policy(model_directory: PathLike) -> PolicyFiles:
@@ -195,6 +222,20 @@ def table(config: PolicyConfig) -> dict[Path, Entry]:
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------------
+
+
+def new_policy(
+    model_directory: PathLike, config: PolicyConfig, robots: Mapping[str, Robot], statistics: Mapping[str, Statistics], *, seed: int = 0
+) -> None:
+    """Write policy/ beside the backbone of a MODEL, with weights as they are before any training and a row for each robot."""
+    from blm_jax.models.policy import random_policy  # late, as jax is everywhere here
+
+    check_backbone(config, read_config(model_directory))
+    target = open_path(model_directory) / POLICY
+    if target.exists():  # before all of the backbone is read
+        raise RequestError(f"{target} exists; choose another directory or remove it")
+    files = PolicyFiles(config, dict(robots), dict(statistics), "")
+    write_policy(target, replace(files, backbone=fingerprint(model_directory)), random_policy(config, seed=seed))
 
 
 def write_policy(directory: PathLike, files: PolicyFiles, params: Mapping[str, Any]) -> None:

@@ -22,24 +22,27 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from blm_jax.batch import IntentRows, RobotRows
-from blm_jax.config import ComputeConfig
+from blm_jax.config import BackboneConfig, ComputeConfig, PolicyConfig
 from blm_jax.convert.twin.blm_policy import BLMPolicy, Intent
+from blm_jax.convert.twin.blm_policy import Robot as TwinRobot
 from blm_jax.data import robots as registry
 from blm_jax.data import statistics
 from blm_jax.data.chat import load_tokenizer
 from blm_jax.data.collate import collate
 from blm_jax.data.observation import Observation, intent_tokens, messages_for
 from blm_jax.data.pixels import read_pixel_config
-from blm_jax.data.prompt import PromptEngine
+from blm_jax.data.positions import Grid
+from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.models.mllm import Mllm, with_params
-from blm_jax.models.objective import Committed, sample
-from blm_jax.models.policy import Policy
+from blm_jax.models.objective import sample
+from blm_jax.models.policy import Policy, policy_with_params
 from blm_jax.weights.policy import PolicyFiles, write_policy
 from blm_jax.weights.source import read_config
-from tests.convert.policy_dirs import make_files, make_states, params_of
+from tests.convert.policy_dirs import make_files, make_params, make_states
 from tests.data.reference import processor
 from tests.models import oracle
-from tests.models.policies import make_intent, make_noise, make_policy, small
+from tests.models.chats import MIXED, VIDEO, make_example, torch_inputs
+from tests.models.policies import make_intent, make_noise, small
 from tests.tiny_model import write_tiny_model
 
 BOUND: dict[str, Any] = dict(atol=1e-4, rtol=0)  # float32, both sides
@@ -48,15 +51,27 @@ PREFIX = 3
 BATCHES = {name: (name,) * 3 for name in ("panda", "xarm6", "xarm7", "widowxai")} | {"mixed": ("xarm7", "widowxai", "panda")}
 
 
+def policy_of(config: PolicyConfig) -> Policy:
+    return policy_with_params(config, ComputeConfig(), jax.tree.map(jnp.asarray, make_params(config)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than these small products, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Pair:
     """One policy on both sides, and a batch of padded intents."""
 
     def __init__(self, directory: Path, path: str):
         self.config = small(objective=dict(path=path, prefix=PREFIX))
-        self.ours = make_policy(self.config)
-        self.files = make_files(self.config)
+        self.ours, self.files = policy_of(self.config), make_files(self.config)
         self.directory = directory / "policy"
-        write_policy(self.directory, self.files, params_of(self.ours))
+        write_policy(self.directory, self.files, make_params(self.config))
         self.twin = BLMPolicy.from_pretrained(self.directory)
         self.rows = make_intent(self.config, np.random.default_rng(3), [11, 4, 8], 11)
         self.intent = Intent(*(torch.from_numpy(np.asarray(part)) for part in (self.rows.hidden, self.rows.mask, self.rows.places)))
@@ -88,11 +103,9 @@ def velocity(policy: Policy, intent: IntentRows, robots: RobotRows, noised: Any,
     return policy.velocity(policy.condition(intent, robots), noised, time, given)
 
 
-@partial(jax.jit, static_argnames=("steps", "guided"))
-def sampled(
-    policy: Policy, intent: IntentRows, robots: RobotRows, noise: Any, steps: int, committed: Any = None, guided: bool = True
-) -> Any:
-    return sample(policy, policy.condition(intent, robots), noise, steps, committed, guided=guided)
+@partial(jax.jit, static_argnames="steps")
+def sampled(policy: Policy, intent: IntentRows, robots: RobotRows, noise: Any, steps: int) -> Any:
+    return sample(policy, policy.condition(intent, robots), noise, steps)
 
 
 def decoded(files: PolicyFiles, names: Sequence[str], states: Sequence[np.ndarray], made: Any) -> list[np.ndarray]:
@@ -113,15 +126,6 @@ def left_of(pair: Pair, names: Sequence[str], states: Sequence[np.ndarray], step
     return last
 
 
-def committed_of(pair: Pair, names: Sequence[str], states: Sequence[np.ndarray], last: Sequence[np.ndarray], samples: int) -> np.ndarray:
-    """As JAX reads it: where there is nothing, there is junk."""
-    actions = np.full((len(names), samples, pair.config.horizon, pair.config.embodiment.action_width), 7.0, np.float32)
-    for i, (name, state, left) in enumerate(zip(names, states, last, strict=True)):
-        encoded = statistics.encode_actions(left, state, pair.files.statistics[name], pair.files.robots[name])
-        actions[i, :, : encoded.shape[0], : encoded.shape[1]] = encoded
-    return actions.reshape(-1, *actions.shape[2:])
-
-
 def assert_close(found: Sequence[Any], wanted: Sequence[np.ndarray]) -> None:
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
@@ -132,22 +136,23 @@ def assert_close(found: Sequence[Any], wanted: Sequence[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("prefixes", [False, True], ids=["", "prefixes"])
-def test_velocities(pair: Pair, batch: str, prefixes: bool) -> None:
+@pytest.mark.parametrize("pair", ["flow"], indirect=True)
+def test_velocities(pair: Pair, batch: str) -> None:
+    """At 16 times, with given steps and without. The path has no part in them."""
     names = BATCHES[batch]
     rows = robot_rows(pair.files, names, pair.states(names))
     noised, time = make_noise(pair.config, 3 * len(TIMES)), np.tile(TIMES, 3)
-    lengths = np.random.default_rng(2).integers(0, PREFIX + 1, (len(time), 1))
-    given = np.arange(pair.config.horizon) < lengths if prefixes else None
-    ours = velocity(pair.ours, pair.rows, rows, noised, time, given)
     condition = pair.twin.condition(
         pair.intent, torch.from_numpy(rows.robot).long(), *(torch.from_numpy(x) for x in (rows.state, rows.state_mask, rows.action_mask))
     )
-    theirs = torch.from_numpy(noised), torch.from_numpy(time), None if given is None else torch.from_numpy(given)
-    np.testing.assert_allclose(pair.twin.velocity(condition, *theirs), ours.actions, **BOUND)
-    np.testing.assert_allclose(pair.twin.foresee(condition, *theirs), ours.future, **BOUND)
-    each = np.asarray(ours.actions).reshape(3, len(TIMES), -1)
-    assert (np.abs(np.diff(each, axis=1)).max(axis=-1) > 0.01).all() and np.abs(each).max() > 0.5  # the bound means something at this scale
+    for lengths in (np.zeros((len(time), 1), int), np.random.default_rng(2).integers(0, PREFIX + 1, (len(time), 1))):
+        given = np.arange(pair.config.horizon) < lengths
+        ours = velocity(pair.ours, pair.rows, rows, noised, time, given)
+        theirs = torch.from_numpy(noised), torch.from_numpy(time), torch.from_numpy(given) if given.any() else None
+        np.testing.assert_allclose(pair.twin.velocity(condition, *theirs), ours.actions, **BOUND)
+        np.testing.assert_allclose(pair.twin.foresee(condition, *theirs), ours.future, **BOUND)
+        each = np.asarray(ours.actions).reshape(3, len(TIMES), -1)
+        assert (np.abs(np.diff(each, axis=1)).max(axis=-1) > 0.01).all() and np.abs(each).max() > 0.5  # the bound means something
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -167,22 +172,23 @@ def test_sampled_actions(pair: Pair, batch: str) -> None:
         assert chunk[0].sub(chunk[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("batch", ["xarm6", "mixed"])
-@pytest.mark.parametrize(("delay", "left", "guided"), [(2, 4, False), (2, 4, True), (0, 5, True), (5, 5, True)])
-def test_chunking_in_real_time(pair: Pair, batch: str, delay: int, left: int, guided: bool) -> None:
-    names = BATCHES[batch]
-    states, noise = pair.states(names), make_noise(pair.config, 6)
-    last = left_of(pair, names, states, left)
-    committed = Committed(committed_of(pair, names, states, last, 2), jnp.int32(delay), jnp.int32(left))  # pyright: ignore
-    made = sampled(pair.ours, pair.rows, robot_rows(pair.files, names, states), noise, 5, committed, guided=guided)
-    draw = torch.from_numpy(noise).unflatten(0, (3, 2))
-    found = pair.twin.sample_actions(pair.intent, names, states, noise=draw, steps=5, last=last, delay=delay, guided=guided)
-    assert_close(found, decoded(pair.files, names, states, made))
-    for chunk, before in zip(found, last, strict=True):
-        np.testing.assert_allclose(chunk[:, :delay], np.broadcast_to(before, (2, *before.shape))[:, :delay], atol=1e-5)
-    # Left to itself, a policy that was trained with prefixes is given them as long as they are no longer than in training.
-    chosen = pair.twin.sample_actions(pair.intent, names, states, noise=draw, steps=5, last=last, delay=delay)
-    assert torch.equal(chosen[0], found[0]) == (guided != (0 < delay <= PREFIX))
+@pytest.mark.parametrize("scheme", ["quantile", "mean_std", "min_max"])
+def test_robots_read_and_say_numbers_alike(scheme: statistics.Scheme) -> None:
+    """Of dimensions that never move, all but never move, move seldom, and of one that has outliers."""
+    robot, rng = registry.load_robots()["panda"], np.random.default_rng(0)
+    states = make_states(robot, rng, 400)
+    states[:, 0], states[:, 1] = 0.3, 1e-8 * rng.standard_normal(400)
+    states[:, 2] = np.where(np.arange(400) == 7, 2.0, 1e-4 * rng.standard_normal(400))
+    states[:, 7] = np.arange(400) == 9
+    actions = states[:, None] + 0.05 * rng.standard_normal((400, robot.horizon, 8)) * (np.arange(8) > 2)
+    numbers = statistics.from_arrays(robot, states, actions, scheme=scheme)
+    theirs = TwinRobot(robot, numbers, 0)
+    for state, chunk in zip(states[5:10], actions[5:10], strict=True):
+        read = theirs.encode_actions(torch.from_numpy(chunk), torch.from_numpy(state))
+        np.testing.assert_allclose(theirs.encode_state(torch.from_numpy(state)), statistics.encode_state(state, numbers), rtol=1e-6)
+        np.testing.assert_allclose(read, statistics.encode_actions(chunk, state, numbers, robot), rtol=1e-5, atol=1e-6)
+        said = theirs.decode_actions(read, torch.from_numpy(state))
+        np.testing.assert_allclose(said, statistics.decode_actions(read.numpy(), state, numbers, robot), rtol=1e-6)
 
 
 @pytest.mark.parametrize("pair", ["flow"], indirect=True)
@@ -217,17 +223,25 @@ def test_the_observation_is_read_once_for_all_steps_and_samples(pair: Pair) -> N
 
 
 @pytest.mark.parametrize("pair", ["flow"], indirect=True)
-@pytest.mark.parametrize("guided", [None, True])
-def test_denoising_compiles_whole(pair: Pair, guided: bool | None) -> None:
-    """fullgraph refuses whatever looks at numbers on the way; another backend would only be slower."""
+def test_denoising_compiles_whole(pair: Pair) -> None:
+    """fullgraph refuses whatever looks at numbers on the way; one program serves every delay. Another backend would only be slower."""
     names = BATCHES["mixed"]
     states = pair.states(names)
-    plain = dict(noise=torch.from_numpy(make_noise(pair.config, 3))[:, None], steps=2)
-    chunking: dict[str, Any] = {} if guided is None else dict(last=left_of(pair, names, states, 4), delay=2, guided=guided)
-    wanted = pair.twin.sample_actions(pair.intent, names, states, **plain, **chunking)
-    twin = BLMPolicy.from_pretrained(pair.directory)
-    twin.denoise = torch.compile(twin.denoise, backend="eager", fullgraph=True)
-    assert_close(twin.sample_actions(pair.intent, names, states, **plain, **chunking), [chunk.numpy() for chunk in wanted])
+    options: dict[str, Any] = dict(
+        noise=torch.from_numpy(make_noise(pair.config, 3))[:, None], steps=1, last=left_of(pair, names, states, 4)
+    )
+    twin, graphs = BLMPolicy.from_pretrained(pair.directory), []
+    twin.config.objective.prefix = 0  # guided: the longest way
+    wanted = [twin.sample_actions(pair.intent, names, states, **options, delay=delay) for delay in (2, 3)]
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    twin.denoise = torch.compile(twin.denoise, backend=count, fullgraph=True)
+    for delay, chunks in zip((2, 3), wanted, strict=True):
+        assert_close(twin.sample_actions(pair.intent, names, states, **options, delay=delay), [chunk.numpy() for chunk in chunks])
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("pair", ["flow"], indirect=True)
@@ -275,13 +289,12 @@ def test_it_runs_where_jax_cannot_be_imported(pair: Pair, tmp_path: Path) -> Non
 # --- from pictures and words to actions --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("instruction", ["before", "after"])
-def test_end_to_end_with_transformers(instruction: Any, hub: Path, torch_side: Any, tmp_path: Path) -> None:
+def test_end_to_end_with_transformers(hub: Path, torch_side: Any, tmp_path: Path) -> None:
     """transformers' processor and model and the twin, as its docstring says, against our prompt engine, backbone and policy."""
     backbone = read_config(hub)
-    config = replace(small(objective=dict(steps=3)), intent_width=backbone.decoder.width, instruction=instruction)
-    ours, files = make_policy(config), make_files(config)
-    write_policy(tmp_path / "policy", files, params_of(ours))
+    config = replace(small(objective=dict(steps=3)), intent_width=backbone.decoder.width)
+    ours, files = policy_of(config), make_files(config)
+    write_policy(tmp_path / "policy", files, make_params(config))
     twin = BLMPolicy.from_pretrained(tmp_path / "policy")
     names, rng = ("widowxai", "panda"), np.random.default_rng(0)
     sizes = {"widowxai": (128, 128), "panda": (100, 180)}
@@ -291,39 +304,76 @@ def test_end_to_end_with_transformers(instruction: Any, hub: Path, torch_side: A
     noise = make_noise(config, 2)
 
     engine = PromptEngine(backbone, load_tokenizer(hub), read_pixel_config(hub))
-    examples = []
-    for name, images, text, state in zip(names, seen, words, states, strict=True):
-        messages = messages_for(Observation(state, images, text), files.robots[name], instruction == "before")
-        examples.append(engine.encode(messages, add_generation_prompt=True))
     mllm = with_params(backbone, ComputeConfig(), jax.tree.map(jnp.asarray, oracle.params_of(torch_side, backbone)))
-    batch = jax.tree.map(jnp.asarray, collate([[example] for example in examples], backbone))
-    hidden = jax.jit(Mllm.hidden, static_argnums=2)(mllm, batch, config.intent_block)
-    mask, places = np.zeros(hidden.shape[:2], bool), np.zeros((*hidden.shape[:2], 4), np.int32)
-    for i, example in enumerate(examples):
-        n = len(example.tokens)
-        mask[i, :n], places[i, :n] = intent_tokens(example, backbone)
-    made = sampled(ours, IntentRows(hidden, mask, places), robot_rows(files, names, states), noise, 3)
+    for twin.config.instruction in ("before", "after"):
+        examples = []
+        for name, images, text, state in zip(names, seen, words, states, strict=True):
+            messages = messages_for(Observation(state, images, text), files.robots[name], twin.config.instruction == "before")
+            examples.append(engine.encode(messages, add_generation_prompt=True))
+        rows = intent_of(mllm, examples, config.intent_block)
+        made = sampled(ours, rows, robot_rows(files, names, states), noise, 3)
 
-    chats = [twin.messages(name, images, text) for name, images, text in zip(names, seen, words, strict=True)]
-    for side in ("right", "left"):
-        inputs: Any = processor(hub).apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True, padding_side=side
-        )
-        with runs_of(torch_side) as ran:
-            intent = twin.intent(torch_side, inputs)
-        assert ran == [f"model.language_model.layers.{i}" for i in range(config.intent_block)]
-        for i, example in enumerate(examples):
-            real = inputs["attention_mask"][i].bool()
-            n = len(example.tokens)
-            np.testing.assert_array_equal(intent.mask[i][real], mask[i, :n])
-            np.testing.assert_array_equal(intent.places[i][real], places[i, :n])
-            np.testing.assert_allclose(intent.hidden[i][real], hidden[i, :n], **BOUND)
-            assert not intent.mask[i][~real].any()
-        found = twin.sample_actions(intent, names, states, noise=torch.from_numpy(noise)[:, None])
-        assert_close(found, decoded(files, names, states, made))
+        chats = [twin.messages(name, images, text) for name, images, text in zip(names, seen, words, strict=True)]
+        for side in ("right", "left"):
+            inputs: Any = processor(hub).apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True, padding_side=side
+            )
+            with runs_of(torch_side) as ran:
+                intent = twin.intent(torch_side, inputs)
+            assert ran == [f"model.language_model.layers.{i}" for i in range(config.intent_block)]
+            assert_same_intent(intent, rows, inputs["attention_mask"], examples)
+            found = twin.sample_actions(intent, names, states, noise=torch.from_numpy(noise)[:, None])
+            assert_close(found, decoded(files, names, states, made))
     with runs_of(torch_side) as ran:
         torch_side.generate(**inputs, max_new_tokens=1)
     assert ran == ["model.language_model.layers.0", "model.language_model.layers.1", "lm_head"]  # the backbone is as it was
+
+
+@pytest.mark.parametrize("pair", ["flow"], indirect=True)
+def test_videos(pair: Pair, hub: Path, torch_side: Any) -> None:
+    """Beside pictures and alone, in the same batch, in this order and in that."""
+    backbone = replace(read_config(hub), video_positions="transformers-5.23")
+    mllm = with_params(backbone, ComputeConfig(), jax.tree.map(jnp.asarray, oracle.params_of(torch_side, backbone)))
+    grids = (MIXED, (*VIDEO, Grid(1, 4, 4)), VIDEO)
+    examples = [prompt_of(make_example(backbone, some, seed, words=4)) for seed, some in enumerate(grids)]
+    inputs = torch_inputs(examples, backbone)
+    assert {"pixel_values", "pixel_values_videos", "video_grid_thw"} <= set(inputs)
+    intent = pair.twin.intent(torch_side, inputs)
+    assert_same_intent(intent, intent_of(mllm, examples, pair.config.intent_block), inputs["attention_mask"], examples)
+    assert intent.places[1, :, 3].max() == VIDEO[0].frames - 1 and intent.places[1, :, 0].max() == 2
+    for name in ("video_grid_thw", "image_grid_thw"):
+        with pytest.raises(ValueError, match="pictures and their tokens do not match"):
+            pair.twin._places(*kinds_and_grids(inputs, backbone, without=name), merge=2)
+
+
+def prompt_of(example: Example) -> Example:
+    return replace(example, supervised=np.zeros_like(example.supervised))
+
+
+def kinds_and_grids(inputs: dict[str, Any], backbone: BackboneConfig, without: str) -> Any:
+    kinds = (inputs["input_ids"] == backbone.tokens.image).int() + 2 * (inputs["input_ids"] == backbone.tokens.video).int()
+    return kinds, [inputs[name].tolist()[: -1 if name == without else None] for name in ("image_grid_thw", "video_grid_thw")]
+
+
+def intent_of(mllm: Mllm, examples: Sequence[Example], blocks: int) -> IntentRows:
+    """Padded to one length, so that one program serves all."""
+    batch = jax.tree.map(jnp.asarray, collate([[example] for example in examples], mllm.config, length=128))
+    hidden = jax.jit(Mllm.hidden, static_argnums=2)(mllm, batch, blocks)
+    mask, places = np.zeros(hidden.shape[:2], bool), np.zeros((*hidden.shape[:2], 4), np.int32)
+    for i, example in enumerate(examples):
+        n = len(example.tokens)
+        mask[i, :n], places[i, :n] = intent_tokens(example, mllm.config)
+    return IntentRows(hidden, mask, places)
+
+
+def assert_same_intent(found: Intent, wanted: IntentRows, attention: torch.Tensor, examples: Sequence[Example]) -> None:
+    """Ours is padded on the right."""
+    for i, example in enumerate(examples):
+        real, n = attention[i].bool(), len(example.tokens)
+        np.testing.assert_array_equal(found.mask[i][real], wanted.mask[i, :n])
+        np.testing.assert_array_equal(found.places[i][real], wanted.places[i, :n])
+        np.testing.assert_allclose(found.hidden[i][real], wanted.hidden[i, :n], **BOUND)
+        assert not found.mask[i][~real].any()
 
 
 @pytest.fixture(scope="module")
@@ -363,8 +413,23 @@ def test_requests_that_cannot_be_met(pair: Pair, tmp_path: Path) -> None:
             twin.sample_actions(pair.intent, names, [wrong, *states[1:]])
     with pytest.raises(ValueError, match="panda needs a picture of each of base, wrist, not of base"):
         twin.messages("panda", {"base": None}, "go")
-    with pytest.raises(ValueError, match="as many steps left of its last chunk, and at least the delay of 3"):
-        twin.sample_actions(pair.intent, names, states, last=left_of(pair, names, states, 2), delay=3)
+    for picture in (np.zeros((4, 8, 8, 3)), [None]):
+        with pytest.raises(ValueError, match="panda's camera wrist gives one picture, not several or a video"):
+            twin.messages("panda", {"base": None, "wrist": picture}, "go")
+    with pytest.raises(ValueError, match="there is a prompt without a picture, and intent begins with one"):
+        twin._places(torch.zeros(1, 5, dtype=torch.int), [[], []], merge=2)
+    last = left_of(pair, names, states, 4)
+    for left, delay, says in (
+        ([one[:2] for one in last], 3, "as many steps left of its last chunk, and at least the delay of 3"),
+        ([last[0][:2], *last[1:]], 1, "as many steps left of its last chunk"),
+        (last, 4, "the delay is 4 steps, but the policy was trained with at most 3 given"),
+        ([last[0][:, :-1], *last[1:]], 1, r"what is left of xarm7's last chunk must be \[steps, 8\] or \[1, steps, 8\] finite numbers"),
+        ([last[0] * np.nan, *last[1:]], 1, "finite numbers"),
+        ([np.tile(one, (3, 1)) for one in last], 1, "at most 7 steps"),
+        (None, 1, "of which chunk"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            twin.sample_actions(pair.intent, names, states, last=left, delay=delay)
     shutil.copytree(pair.directory, tmp_path / "policy")
     contract = json.loads((tmp_path / "policy" / "config.json").read_text())
     (tmp_path / "policy" / "config.json").write_text(json.dumps(contract | {"format": 2}))

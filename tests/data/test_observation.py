@@ -17,9 +17,12 @@ from blm_jax.data.chat import Tokenizer
 from blm_jax.data.observation import (
     Observation,
     check,
+    check_last,
     check_output,
+    check_state,
     intent_tokens,
     messages_for,
+    read_last,
     read_observations,
     write_chunks,
 )
@@ -292,3 +295,60 @@ def test_places_equal_a_loop(backbone: BackboneConfig, shapes: list[tuple[int, i
     mask, places = intent_tokens(example, backbone)
     assert [tuple(place) for place in places] == expected
     np.testing.assert_array_equal(mask, np.arange(len(tokens)) >= before)
+
+
+# --- what is left of a chunk ---------------------------------------------------------------------------------------------------
+
+STEPS = np.tile(READY, (5, 1))
+
+
+def test_what_is_left_of_chunks() -> None:
+    each = np.stack([STEPS, STEPS + 0.05 * (np.arange(8) == 7)])  # beyond the gripper's limit, as rounding may be
+    alike, apart = check_last([STEPS.tolist(), each], 3, [PANDA, PANDA], 2, prefix=0) or []
+    assert alike.shape == apart.shape == (2, 5, 8) and alike.dtype == apart.dtype == np.float32
+    np.testing.assert_array_equal(alike, np.stack([STEPS, STEPS]).astype(np.float32))
+    np.testing.assert_array_equal(apart, alike)
+    assert check_last(None, 0, [PANDA], 2, prefix=3) is None
+    np.testing.assert_array_equal(check_state(READY, PANDA), READY.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("last", "delay", "says"),
+    [
+        (None, 2, "the delay is 2, but of which chunk? Give what is left of the last one"),
+        ([STEPS], 0, "there are 1 last chunks for 2 observations: give as many"),
+        ([STEPS, STEPS[:4]], 0, "of the last chunks 4 and 5 steps are left: cut them to the same number"),
+        ([STEPS, STEPS], 6, "the delay is 6: it is a whole number of steps, from 0 to the 5 left of the last chunk"),
+        ([STEPS, STEPS], -1, "the delay is -1: it is a whole number of steps"),
+        ([STEPS, STEPS], 1.0, "the delay is 1.0: it is a whole number of steps"),
+        ([STEPS, STEPS], True, "the delay is True: it is a whole number of steps"),
+        ([STEPS, STEPS], 4, "the delay is 4 steps, but the policy was trained with at most 3 given: ask sooner, or train with a longer"),
+        ([STEPS, STEPS[:, :7]], 0, "what is left of panda's last chunk has the shape [5, 7], not [steps, 8] or, a chunk for each sample"),
+        ([STEPS, np.stack([STEPS] * 3)], 0, "has the shape [3, 5, 8], not [steps, 8] or, a chunk for each sample, [2, steps, 8]"),
+        ([STEPS, READY], 0, "has the shape [8], not"),
+        ([STEPS, [["a"] * 8]], 0, "what is left of panda's last chunk must be an array [steps, 8] of numbers"),
+        ([np.tile(STEPS, (4, 1))] * 2, 0, "20 steps are left of panda's last chunk, more than the 16 of a chunk"),
+        ([STEPS, STEPS * np.nan], 0, "action 0 (panda_joint1) of panda's last chunk is nan: it must be a finite number"),
+        ([STEPS, np.rad2deg(STEPS)], 0, "action 1 (panda_joint2) of panda's last chunk is 22.9183, far outside its limits of -1.7628 to"),
+    ],
+)
+def test_chunks_that_cannot_be_gone_on_from(last: Any, delay: Any, says: str) -> None:
+    assert says in message(check_last, last, delay, [PANDA, PANDA], 2, 3)
+
+
+def test_what_a_file_of_chunks_has_left(tmp_path: Path) -> None:
+    """Behind the steps that it says are executed; one chunk goes for all samples."""
+    actions = np.random.default_rng(0).uniform(0, 0.1, (2, 3, 16, 8)).astype(np.float32) + READY.astype(np.float32) * 0.9
+    for samples in (1, 3):
+        write_chunks(tmp_path / f"{samples}.npz", actions[:, :samples], PANDA)
+    whole = np.load(tmp_path / "3.npz")["actions"]
+    np.testing.assert_array_equal(read_last(tmp_path / "3.npz", PANDA), whole[:, :, PANDA.executed :])
+    np.testing.assert_array_equal(read_last(tmp_path / "1.npz", PANDA), whole[:, 0, PANDA.executed :])
+    assert message(read_last, tmp_path / "3.npz", load_robots()["xarm7"]) == f"{tmp_path / '3.npz'} holds chunks of panda, not of xarm7"
+    stored = dict(np.load(tmp_path / "3.npz"))
+    for name, wrong in (("executed", np.array(17)), ("executed", np.array([8])), ("actions", stored["actions"][0])):
+        arrays: dict[str, Any] = stored | {name: wrong}
+        np.savez(tmp_path / "wrong.npz", **arrays)
+        assert "actions must be numbers [n, samples, horizon, dims], and executed" in message(read_last, tmp_path / "wrong.npz", PANDA)
+    np.savez(tmp_path / "other.npz", state=READY)
+    assert "has no actions, robot, executed: it is no file of chunks" in message(read_last, tmp_path / "other.npz", PANDA)

@@ -21,6 +21,7 @@ from blm_jax.data.robots import (
     Dimension,
     Robot,
     action_mask,
+    check_stored,
     clip,
     find_robot,
     from_json,
@@ -127,6 +128,26 @@ def test_files_add_up_and_replace_nothing(write) -> None:
     assert list(load_robots([mine, other])) == [*OURS, "my_arm", "other"]
     assert message(load_robots, [panda]) == f"{panda}: robot panda is already defined in the package: give it another name"
     assert message(load_robots, [mine, again]) == f"{again}: robot my_arm is already defined in {mine}: give it another name"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("high: 0.5", "high: 0.6", "state.1.high is 0.6, there 0.5"),
+        ("hz: 30", "hz: 25", "hz is 25.0, there 30.0"),
+        ("{name: front,", "{name: side, height: 2, width: 2}, {name: front,", "cameras is 2 entries, there 1 entries"),
+        ("cameras: {front: observation.images.cam_high}", "instruction: words", "columns.cameras is empty, there front"),
+    ],
+)
+def test_a_robot_that_is_stored_is_not_redefined(old: str, new: str, says: str, write) -> None:
+    mine = write(MINE)
+    stored = {"my_arm": load_robots([mine])["my_arm"]}
+    check_stored(stored, [mine])
+    check_stored({"panda": replace(OURS["panda"], horizon=9)}, [mine])  # one that is not stored, and a stored one of the package
+    other = write(MINE.replace(old, new), "other.yaml")
+    expected = f"{other}: robot my_arm is not the one that is stored with the policy: {says}; rename it"
+    assert message(check_stored, stored, [other]) == expected
+    assert "is already defined in" in message(check_stored, stored, [mine, other])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -14,18 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from safetensors.torch import load_file, save_file
 
-from blm_jax.config import ComputeConfig, MeshConfig, PolicyConfig
+from blm_jax.config import MeshConfig, PolicyConfig
 from blm_jax.convert.command import convert
 from blm_jax.convert.twin.blm_policy import BLMPolicy
 from blm_jax.errors import RequestError, RunError
 from blm_jax.mesh import make_mesh
-from blm_jax.models.layers import shapes_of
-from blm_jax.models.policy import Policy
+from blm_jax.models.policy import abstract_policy
 from blm_jax.weights import policy as files_module
-from blm_jax.weights.policy import PolicyFiles, check_policy, load_policy_params, read_policy, table, write_policy
+from blm_jax.weights.fingerprint import fingerprint
+from blm_jax.weights.policy import (
+    PolicyFiles,
+    check_policy,
+    load_policy_params,
+    new_policy,
+    read_policy,
+    table,
+    with_robot,
+    write_policy,
+)
 from tests.convert.policy_dirs import make_files
 from tests.models.oracle import CASES
 from tests.models.policies import SMALL, small
@@ -38,8 +47,9 @@ CONFIGS = {
 }
 
 
-def abstract(config: PolicyConfig, dtype: Any = jnp.float32, mesh: Any = None) -> dict[str, Any]:
-    return shapes_of(lambda: Policy(config, ComputeConfig(), rngs=nnx.Rngs(0)), dtype, mesh)
+@functools.cache
+def abstract(config: PolicyConfig, mesh: Any = None) -> dict[str, Any]:
+    return abstract_policy(config, mesh=mesh)
 
 
 def random_params(config: PolicyConfig, seed: int) -> dict[str, Any]:
@@ -157,6 +167,52 @@ def test_it_travels_with_the_backbone(written: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="truncated or no safetensors file"):
         convert(tmp_path / "hub", tmp_path / "again", "checkpoint")
     assert not (tmp_path / "again").exists()
+
+
+# --- robots -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_policy(tmp_path: Path) -> None:
+    """Before any training, beside a backbone, with a row for each robot that is asked for."""
+    config = replace(SMALL, robots=("xarm7", "panda"), intent_width=64)
+    known = make_files(config)
+    save_hub(tmp_path / "hub", CASES["plain"])
+    new_policy(tmp_path / "hub", config, known.robots, {"panda": known.statistics["panda"]}, seed=3)
+    files = read_policy(tmp_path / "hub")
+    wanted = PolicyFiles(config, known.robots, {"panda": known.statistics["panda"]}, fingerprint(tmp_path / "hub"))
+    assert files == wanted and list(files.robots) == ["xarm7", "panda"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(load_policy_params(tmp_path / "hub", abstract(config))):
+        assert abs(np.std(leaf) - {"scale": 0, "bias": 0}.get(path[-1].key, 0.02)) < 0.005, path
+    assert list(BLMPolicy.from_pretrained(tmp_path / "hub" / "policy").robots) == ["panda"]
+    assert files.find("panda") == known.robots["panda"]
+    with pytest.raises(RequestError, match="has a row for xarm7, but was not trained for it: it drives panda"):
+        files.find("xarm7")
+    with pytest.raises(RequestError, match="no row for the robot 'pand'; did you mean panda"):
+        files.find("pand")
+    with pytest.raises(RequestError, match="policy exists; choose another directory"):
+        new_policy(tmp_path / "hub", config, known.robots, {})
+    shutil.rmtree(tmp_path / "hub" / "policy")
+    for wrong, says in (
+        (replace(config, intent_block=4), "reads block 4 of a backbone 64 wide, but this one has 3 blocks and is 64 wide"),
+        (replace(config, intent_width=24), "a backbone 24 wide, but this one"),
+        (replace(config, robots=("panda",)), "the policy is of the robots panda, but described are xarm7, panda"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            new_policy(tmp_path / "hub", wrong, known.robots, {})
+    assert not (tmp_path / "hub" / "policy").exists()
+
+
+def test_a_contract_with_one_robot_more() -> None:
+    files = make_files(replace(SMALL, robots=("panda", "xarm6")))
+    more = make_files(SMALL)
+    grown = with_robot(files, more.robots["widowxai"], more.statistics["widowxai"])
+    assert grown.config.robots == tuple(grown.robots) == ("panda", "xarm6", "widowxai")
+    assert grown.statistics["widowxai"] == more.statistics["widowxai"] and grown.backbone == files.backbone
+    assert "widowxai" not in with_robot(files, more.robots["widowxai"]).statistics
+    with pytest.raises(RequestError, match="must be different names"):
+        with_robot(files, more.robots["panda"])
+    with pytest.raises(RequestError, match="robot widowxai has chunks of 9 steps, the policy of 7"):
+        with_robot(files, replace(more.robots["widowxai"], horizon=9))
 
 
 # --- whole or not at all ---------------------------------------------------------------------------------------------------------

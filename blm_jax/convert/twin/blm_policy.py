@@ -73,8 +73,8 @@ class Committed(NamedTuple):
     """What is left of the last chunk. Its first `delay` steps are decided, the others are wishes."""
 
     actions: Tensor  # [rows * samples, horizon, action_width], normalised
-    delay: int | Tensor
-    overlap: int | Tensor  # how many steps are left, at least `delay`
+    delay: Tensor  # []
+    overlap: Tensor  # []: how many steps are left, at least `delay`
 
 
 # --- layers --------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,9 @@ class Bridge(nn.Module):
 
     def forward(self, intent: Intent) -> Tensor:
         """-> [rows, queries, width]. Padding is masked, so that its length changes nothing."""
-        keys = self.project(self.intent_norm(intent.hidden.to(self.queries.dtype)))
+        # where and not the mask alone: what stands in padding may be anything, NaN too.
+        hidden = torch.where(intent.mask[..., None], intent.hidden, 0).to(self.queries.dtype)
+        keys = self.project(self.intent_norm(hidden))
         if self.places is not None:
             keys = keys + self.places(intent.places)
         x = self.queries.expand(keys.shape[0], -1, -1)
@@ -320,11 +322,11 @@ class Affine(NamedTuple):
     def of(summary: Any, scheme: str) -> Affine:
         numbers = {name: torch.tensor(getattr(summary, name), dtype=torch.float64) for name in ("min", "max", "q01", "q99", "mean", "std")}
         center, scale = (numbers["min"] + numbers["max"]) / 2, (numbers["max"] - numbers["min"]) / 2
-        flat = scale <= 1e-6 * center.abs()
+        flat = scale <= 1e-6 * center.abs().clamp(min=1)
         if scheme == "quantile":
             inner_center, inner_scale = (numbers["q01"] + numbers["q99"]) / 2, (numbers["q99"] - numbers["q01"]) / 2
-            inside = inner_scale > 1e-6 * torch.maximum(inner_center.abs(), scale)
-            center, scale = torch.where(inside, inner_center, center), torch.where(inside, inner_scale, scale)
+            wide = inner_scale > 1e-3 * scale  # else they miss what matters: a gripper that opens in one of a hundred steps
+            center, scale = torch.where(wide & ~flat, inner_center, center), torch.where(wide, inner_scale, scale)
         elif scheme == "mean_std":
             center, scale = torch.where(flat, center, numbers["mean"]), numbers["std"]
         return Affine(center, torch.where(flat, 0.0, scale))
@@ -365,9 +367,18 @@ class Robot:
     def encode_state(self, state: Tensor) -> Tensor:
         return self._state.normalise(state)
 
-    def encode_actions(self, actions: Any, state: Tensor) -> Tensor:
+    def read_left(self, left: Any, samples: int) -> Tensor:
+        """What is left of the last chunk, [samples, steps, dims] within the robot's limits, checked."""
+        values = torch.as_tensor(left, dtype=torch.float32, device="cpu")
+        fits = values.shape[-1:] == (len(self.action),) and values.shape[:-2] in ((), (samples,)) and values.ndim > 1
+        if not fits or values.shape[-2] > self.horizon or not values.isfinite().all():
+            shapes = f"[steps, {len(self.action)}] or [{samples}, steps, {len(self.action)}]"
+            raise ValueError(f"what is left of {self.name}'s last chunk must be {shapes} finite numbers, at most {self.horizon} steps")
+        return values.clamp(self._low, self._high).expand(samples, -1, -1)
+
+    def encode_actions(self, actions: Tensor, state: Tensor) -> Tensor:
         """Absolute actions [..., steps, dims] -> what the model reads."""
-        return self._action.normalise(torch.as_tensor(actions, dtype=torch.float64, device="cpu") - self._start(state))
+        return self._action.normalise(actions.double() - self._start(state))
 
     def decode_actions(self, actions: Tensor, state: Tensor) -> Tensor:
         """What the model says [..., steps, dims] -> absolute actions within the robot's limits."""
@@ -437,46 +448,62 @@ class BLMPolicy(nn.Module):
     # From an observation to the intent
 
     def messages(self, robot: str, pictures: Mapping[str, Any], instruction: str) -> list[dict[str, Any]]:
-        """What the processor's chat template reads: the pictures in the order of the robot's cameras, the instruction before or after."""
+        """What the processor's chat template reads: the pictures in the order of the robot's cameras, the instruction before or after.
+
+        A camera gives one picture. No robot has a camera of video; what of videos `intent` takes, it says.
+        """
         cameras = self._robot(robot).cameras
         if set(pictures) != set(cameras):
             raise ValueError(f"{robot} needs a picture of each of {', '.join(cameras)}, not of {', '.join(pictures)}")
+        for camera, picture in pictures.items():
+            if isinstance(picture, list | tuple) or getattr(picture, "ndim", 3) > 3:
+                raise ValueError(f"{robot}'s camera {camera} gives one picture, not several or a video")
         shown = [{"type": "image", "image": pictures[camera]} for camera in cameras]
         said = [{"type": "text", "text": instruction}]
         return [{"role": "user", "content": said + shown if self.config.instruction == "before" else shown + said}]
 
     @torch.no_grad()
     def intent(self, backbone: Any, inputs: Mapping[str, Tensor]) -> Intent:
-        """Hidden states of transformers' Qwen2.5-VL for what its processor returned. No block above the intent's is computed, no head."""
+        """Hidden states of transformers' Qwen2.5-VL for what its processor returned. No block above the intent's is computed, no head.
+
+        Pictures and videos that the processor made something of are numbered as cameras in the order of a prompt; the time of
+        a video's tokens counts the steps of its grid.
+        """
         view = _first_blocks(backbone.model, self.config.intent_block)
         inputs = {name: value.to(backbone.device) for name, value in inputs.items()}
         tokens = inputs["input_ids"]
-        visual = tokens == backbone.config.image_token_id
+        kinds = (tokens == backbone.config.image_token_id).int() + 2 * (tokens == backbone.config.video_token_id).int()
         # Without it, some releases give pictures the positions of text and say nothing.
         if "mm_token_type_ids" in inspect.signature(view.forward).parameters:
-            inputs.setdefault("mm_token_type_ids", visual.int())
+            inputs.setdefault("mm_token_type_ids", kinds)
         hidden = view(**inputs, use_cache=False).last_hidden_state
 
+        grids = [inputs[name].tolist() if name in inputs else [] for name in ("image_grid_thw", "video_grid_thw")]
         places = torch.zeros(*tokens.shape, 4, dtype=torch.long)
-        places[visual.cpu()] = self._places(visual, inputs["image_grid_thw"], backbone.config.vision_config.spatial_merge_size)
-        behind = visual.cumsum(dim=1) > 0  # the first picture, and all that follows it
+        places[(kinds > 0).cpu()] = self._places(kinds, grids, backbone.config.vision_config.spatial_merge_size)
+        behind = (kinds > 0).cumsum(dim=1) > 0  # the first picture, and all that follows it
         mask = behind & inputs.get("attention_mask", torch.ones_like(tokens)).bool()
         return Intent(hidden, mask, places.to(hidden.device))
 
-    def _places(self, visual: Tensor, grids: Tensor, merge: int) -> Tensor:
-        """Where each visual token of the batch was seen, in their order. Cameras are counted anew in each row."""
-        left = iter(grids.tolist())
+    def _places(self, kinds: Tensor, grids: list[list[list[int]]], merge: int) -> Tensor:
+        """Where each visual token of the batch was seen, in their order. Cameras are counted anew in each row.
+
+        kinds [rows, tokens]: 1 of a picture, 2 of a video; the grids [frames, rows, columns] of all pictures, and of all videos.
+        """
+        left = [iter(each) for each in grids]
         seen: list[Tensor] = []
-        for count in visual.sum(dim=1).tolist():
-            camera = 0
-            while count > 0:
-                frames, rows, columns = next(left)
+        for row in kinds.tolist():
+            visual = [kind for kind in row if kind]
+            if not visual:
+                raise ValueError("there is a prompt without a picture, and intent begins with one")
+            start, camera = 0, 0
+            while start < len(visual) and (grid := next(left[visual[start] - 1], None)) is not None:
                 camera += 1
-                axes = (torch.arange(n) for n in (frames, rows // merge, columns // merge))
-                time, row, column = torch.meshgrid(*axes, indexing="ij")
-                seen.append(torch.stack([torch.full_like(row, camera), row, column, time], dim=-1).reshape(-1, 4))
-                count -= len(seen[-1])
-            if camera > self.config.bridge.cameras or count < 0:
+                axes = (torch.arange(n) for n in (grid[0], grid[1] // merge, grid[2] // merge))
+                time, vertical, horizontal = torch.meshgrid(*axes, indexing="ij")
+                seen.append(torch.stack([torch.full_like(time, camera), vertical, horizontal, time], dim=-1).reshape(-1, 4))
+                start += len(seen[-1])
+            if camera > self.config.bridge.cameras or start != len(visual):
                 raise ValueError(f"pictures and their tokens do not match, or there are more than {self.config.bridge.cameras} a row")
         return torch.cat(seen)
 
@@ -495,14 +522,12 @@ class BLMPolicy(nn.Module):
         generator: torch.Generator | None = None,
         last: Sequence[Any] | None = None,
         delay: int = 0,
-        guided: bool | None = None,
-        strength: float = 5.0,
     ) -> list[Tensor]:
         """Chunks [samples, horizon, dims] for each row: absolute, in the robot's units, within its limits, float32 on the CPU.
 
         `noise` [rows, samples, horizon, action_width] instead of a draw of the generator. `last` is, a row, what is left of the
         last chunk, [left, dims] or [samples, left, dims], as it was given here; its first `delay` steps are kept. A policy that was
-        trained with given prefixes is given them; any other (or with `guided`) is guided towards them, at most by `strength`.
+        trained with given prefixes is given them; any other is guided towards them, and less and less towards what follows.
         """
         config, device = self.config, self.device
         who = [self._robot(name) for name in robots]
@@ -522,14 +547,21 @@ class BLMPolicy(nn.Module):
             place = device if generator is None else generator.device
             noise = torch.randn(rows, samples, horizon, width, generator=generator, device=place)
         samples = noise.shape[1]
-        committed = None
-        if last is not None:
-            committed = self._committed(who, where, last, samples, delay)
-            guided = not 0 < delay <= config.objective.prefix if guided is None else guided
+        if delay and last is None:
+            raise ValueError(f"the delay is {delay}, but of which chunk? Give what is left of the last one")
+        left = None if last is None else self._left(who, last, samples, delay)
         made = self.denoise(
-            condition, noise.flatten(0, 1).to(device), steps or config.objective.steps, committed, guided=bool(guided), strength=strength
+            condition,
+            noise.flatten(0, 1).to(device),
+            steps or config.objective.steps,
+            None if left is None else self._committed(who, where, left, delay),
+            guided=config.objective.prefix == 0,
         ).unflatten(0, (rows, samples))
-        return [robot.decode_actions(made[i, :, : robot.horizon, : len(robot.action)], where[i]) for i, robot in enumerate(who)]
+        chunks = [robot.decode_actions(made[i, :, : robot.horizon, : len(robot.action)], where[i]) for i, robot in enumerate(who)]
+        if left is not None:
+            # They are executed whatever the model makes of them, in dimensions that never move by its statistics too.
+            chunks = [torch.cat([old[:, :delay], new[:, delay:]], dim=1) for old, new in zip(left, chunks, strict=True)]
+        return chunks
 
     def condition(self, intent: Intent, robot: Tensor, state: Tensor, state_mask: Tensor, action_mask: Tensor) -> Condition:
         """robot [rows], state and its mask [rows, state_width] normalised, action_mask [rows, horizon, action_width]."""
@@ -619,17 +651,24 @@ class BLMPolicy(nn.Module):
             x = alpha_after * actions + sigma_after * (x - alpha * actions) / sigma
         return torch.where(mask, settle(x), 0)
 
-    def _committed(self, who: list[Robot], where: list[Tensor], last: Sequence[Any], samples: int, delay: int) -> Committed:
-        actions = torch.zeros(len(who), samples, self.config.horizon, self.config.embodiment.action_width)
-        lengths = set()
-        for i, (robot, state, left) in enumerate(zip(who, where, last, strict=True)):
-            encoded = robot.encode_actions(left, state)
-            lengths.add(encoded.shape[-2])
-            actions[i, :, : encoded.shape[-2], : encoded.shape[-1]] = encoded
-        overlap = lengths.pop()
-        if lengths or not 0 <= delay <= overlap:
+    def _left(self, who: list[Robot], last: Sequence[Any], samples: int, delay: int) -> list[Tensor]:
+        left = [robot.read_left(one, samples) for robot, one in zip(who, last, strict=True)]
+        lengths = {one.shape[1] for one in left}
+        if len(lengths) > 1 or not 0 <= delay <= min(lengths):
             raise ValueError(f"each row must have as many steps left of its last chunk, and at least the delay of {delay}")
-        return Committed(actions.flatten(0, 1).to(self.device), delay, overlap)
+        prefix = self.config.objective.prefix
+        if prefix and delay > prefix:
+            raise ValueError(f"the delay is {delay} steps, but the policy was trained with at most {prefix} given: ask sooner")
+        return left
+
+    def _committed(self, who: list[Robot], where: list[Tensor], left: list[Tensor], delay: int) -> Committed:
+        """As the model reads it: relative to the states of now."""
+        samples, overlap = left[0].shape[:2]
+        actions = torch.zeros(len(who), samples, self.config.horizon, self.config.embodiment.action_width)
+        for i, (robot, state, chunk) in enumerate(zip(who, where, left, strict=True)):
+            actions[i, :, :overlap, : chunk.shape[-1]] = robot.encode_actions(chunk, state)
+        # As tensors: a compiled denoiser is then none of one delay.
+        return Committed(*(x.to(self.device) for x in (actions.flatten(0, 1), torch.tensor(delay), torch.tensor(overlap))))
 
     def _bucket(self, time: Tensor) -> Tensor:
         return torch.floor(time * self.config.objective.time_buckets)
