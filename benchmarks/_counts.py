@@ -7,11 +7,13 @@ attention without what it masks, and nothing for padding or recomputation: what 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from blm_jax.config import BackboneConfig, DecoderConfig, VisionConfig
+from blm_jax.config import BackboneConfig, DecoderConfig, PolicyConfig, VisionConfig
 from blm_jax.weights.names import table
+from blm_jax.weights.policy import PLACE_VALUES
 
 Size = tuple[int, int]  # rows and columns of a picture in patches
 
@@ -79,3 +81,86 @@ def decode_bytes(config: DecoderConfig, rows: int, context: int, itemsize: int) 
     weights = config.layers * layer_weights(config) + config.width * config.vocab
     cache = 2 * rows * context * config.layers * config.kv_heads * config.head_dim
     return itemsize * (weights + cache)
+
+
+# --- acting --------------------------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    operations: int
+    bytes: int
+
+    def seconds(self, chip: Chip) -> float:
+        """The least that a chip needs, whichever of the two takes it longer."""
+        return max(self.operations / (chip.tflops * 1e12), self.bytes / (chip.bandwidth * 1e9))
+
+
+def acting(
+    backbone: BackboneConfig, policy: PolicyConfig, rows: int, samples: int, sizes: Sequence[Size], length: int, itemsize: int
+) -> dict[str, Work]:
+    """Of `rows` observations of `length` tokens, `sizes` their pictures: parts that follow each other, each reading its weights.
+
+    The table of robots is read for one. Activations are taken to stay where they are made.
+    """
+    k, steps, tokens = policy.intent_block, policy.objective.steps, rows * length
+    decoder = replace(backbone.decoder, layers=k)
+    seen = rows * policy.dit.layers * policy.bridge.queries * policy.dit.width  # keys and values of every other layer
+    parts = {
+        "vision": Work(vision_operations(backbone.vision, sizes), vision_weights(backbone)),
+        "decoder": Work(decoder_operations(decoder, rows, length, 0), k * layer_weights(decoder)),
+        "bridge": Work(bridge_operations(policy, rows, tokens), bridge_weights(policy)),
+        "denoising": Work(steps * step_operations(policy, rows * samples), steps * (step_weights(policy) + seen)),
+    }
+    return {name: Work(work.operations, work.bytes * itemsize) for name, work in parts.items()}
+
+
+def vision_weights(config: BackboneConfig) -> int:
+    return sum(math.prod(entry.shape) for entry in table(config).values() if entry.path[0] == "vision")
+
+
+def attention_layer(width: int, ffn: int, memory: int) -> int:
+    """Kernels of a layer of bridge or DiT that attends to something `memory` wide."""
+    return 2 * width * width + 2 * memory * width + 2 * width * ffn
+
+
+def bridge_weights(config: PolicyConfig) -> int:
+    """With what makes the DiT's keys and values, and encodes the state: all that is used once an observation."""
+    bridge, body = config.bridge, config.embodiment
+    enter = (config.intent_width + (PLACE_VALUES if bridge.places else 0)) * bridge.width
+    blocks = bridge.blocks * 2 * attention_layer(bridge.width, bridge.ffn, bridge.width)
+    state = (body.state_width + config.dit.width) * body.hidden
+    return enter + blocks + config.dit.layers // 2 * 2 * bridge.width * config.dit.width + state
+
+
+def bridge_operations(config: PolicyConfig, rows: int, tokens: int) -> int:
+    bridge, body = config.bridge, config.embodiment
+    width, queries = bridge.width, rows * bridge.queries
+    enter = tokens * (config.intent_width + (PLACE_VALUES if bridge.places else 0)) * width
+    own = 4 * width**2 + 2 * width * bridge.ffn  # by query
+    cross = 2 * width**2 + 2 * width * bridge.ffn
+    attention = 2 * width * bridge.queries * (tokens + queries)
+    blocks = bridge.blocks * (queries * (own + cross) + 2 * tokens * width**2 + attention)
+    memory = config.dit.layers // 2 * 2 * queries * width * config.dit.width
+    return 2 * (enter + blocks + memory + rows * (body.state_width + config.dit.width) * body.hidden)
+
+
+def step_weights(config: PolicyConfig) -> int:
+    """Read in each denoising step."""
+    width, layers, body = config.dit.width, config.dit.layers, config.embodiment
+    pair = 2 * attention_layer(width, config.dit.ffn, width) - 2 * width**2  # the cross-attention's keys and values are there
+    actions = body.action_width * width + 3 * width**2 + (width + body.action_width) * body.hidden
+    return layers // 2 * pair + _time_weights(config) + actions
+
+
+def step_operations(config: PolicyConfig, rows: int) -> int:
+    """One denoising step; all rows are at the same time."""
+    width, queries, horizon = config.dit.width, config.bridge.queries, config.horizon
+    tokens, body = 1 + queries + horizon, config.embodiment
+    pair = tokens * (6 * width**2 + 4 * width * config.dit.ffn + 2 * width * (queries + tokens))
+    actions = horizon * (body.action_width * width + 3 * width**2 + (width + body.action_width) * body.hidden)
+    return 2 * (rows * (config.dit.layers // 2 * pair + actions) + _time_weights(config))
+
+
+def _time_weights(config: PolicyConfig) -> int:
+    width = config.dit.width
+    return (config.dit.time_features + width) * width + (config.dit.layers + 1) * 2 * width**2

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _harness import Run
 
 from blm_jax.batch import Batch, VisionRows
 from blm_jax.config import BackboneConfig, ComputeConfig, Dtype, SamplingConfig
@@ -29,9 +30,6 @@ from blm_jax.weights.names import canonical, table
 LEARNING_RATE = 1e-5
 WEIGHT_DECAY = 0.01
 IGNORED = -100  # transformers' label of a token that does not count
-
-# One run of a phase: the seconds it took, and what came out, for comparison.
-Run = Callable[[], tuple[float, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ class Transformers:
         return tree
 
     def runs(self, phase: Phase, examples: Sequence[Example]) -> dict[str, Run]:
-        inputs = self._inputs(examples)
+        inputs = self.inputs(examples)
         match phase.kind:
             case "vision":
                 forward = partial(self.model.model.visual, inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
@@ -207,7 +205,7 @@ class Transformers:
         forward = partial(self.model, **inputs, use_cache=True, logits_to_keep=1)
         return {self.name: partial(self._forward, forward, lambda output: output.logits[:, 0])}
 
-    def _inputs(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def inputs(self, examples: Sequence[Example]) -> dict[str, Any]:
         torch = self.torch
         ids = np.stack([example.tokens for example in examples]).astype(np.int64)
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(ids.shape, dtype=torch.int64)}
@@ -218,16 +216,16 @@ class Transformers:
             inputs["image_grid_thw"] = torch.tensor([[1, picture.grid.rows, picture.grid.columns] for picture in pictures])
         return {name: value.to(self.device) for name, value in inputs.items()}
 
-    def _clock(self) -> float:
+    def clock(self) -> float:
         if self.device.type == "cuda":
             self.torch.cuda.synchronize()
         return time.perf_counter()
 
     def _forward(self, forward: Callable[[], Any], pick: Callable[[Any], Any]) -> tuple[float, np.ndarray]:
         with self.torch.inference_mode():
-            start = self._clock()
+            start = self.clock()
             output = forward()
-            seconds = self._clock() - start
+            seconds = self.clock() - start
             return seconds, pick(output).float().cpu().numpy()
 
     def _decode(self, phase: Phase, inputs: dict[str, Any]) -> tuple[float, np.ndarray]:
@@ -237,7 +235,7 @@ class Transformers:
         times: list[float] = []
 
         def never(tokens: Any, scores: Any, **_: Any) -> Any:
-            times.append(self._clock())
+            times.append(self.clock())
             return self.torch.zeros(len(tokens), dtype=self.torch.bool, device=tokens.device)
 
         sequences = self.model.generate(**inputs, max_new_tokens=phase.new, stopping_criteria=StoppingCriteriaList([never]))
@@ -250,18 +248,18 @@ class Transformers:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused)
 
         def run() -> tuple[float, np.ndarray]:
-            start = self._clock()
+            start = self.clock()
             optimizer.zero_grad(set_to_none=True)
             loss = self.model(**inputs, labels=labels, use_cache=False).loss
             loss.backward()
             optimizer.step()
-            return self._clock() - start, loss.detach().cpu().numpy()
+            return self.clock() - start, loss.detach().cpu().numpy()
 
         return run
 
     def margins(self, phase: Phase, examples: Sequence[Example]) -> np.ndarray:
         """[rows, new] how far the likeliest token stands above the next at each step of greedy decoding."""
         options = {"max_new_tokens": phase.new, "output_scores": True, "return_dict_in_generate": True}
-        scores = self.model.generate(**self._inputs(examples), **options).scores
+        scores = self.model.generate(**self.inputs(examples), **options).scores
         best = self.torch.stack([self.torch.topk(score, 2).values for score in scores], dim=1)
         return (best[..., 0] - best[..., 1]).float().cpu().numpy()

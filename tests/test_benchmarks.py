@@ -1,4 +1,4 @@
-"""The backbone's benchmark: its counts by hand, its judgement on made-up times, and both of its plans from end to end on a tiny model."""
+"""Benchmarks beside a peer: counts by hand, judgement on made-up times, and both plans of each from end to end on a tiny model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ import numpy as np
 import pytest
 import torch
 
+from blm_jax.config import ComputeConfig
 from blm_jax.errors import RequestError, RunError
 from blm_jax.models.mllm import abstract_params
+from blm_jax.models.policy import Policy, abstract_policy, policy_with_params
 from blm_jax.train.loss import cross_entropy
+from tests.hlo import dot_flops
+from tests.models.policies import make_inputs
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -34,6 +39,16 @@ def backbone() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
+def acting(backbone: Any) -> Any:
+    return importlib.import_module("act")
+
+
+@pytest.fixture(scope="module")
+def harness(backbone: Any) -> Any:
+    return importlib.import_module("_harness")
+
+
+@pytest.fixture(scope="module")
 def counts(backbone: Any) -> Any:
     return importlib.import_module("_counts")
 
@@ -44,8 +59,9 @@ def sides(backbone: Any) -> Any:
 
 
 @pytest.fixture
-def quick(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backbone, "REST", 0)
+def quick(harness: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(harness, "REST", 0)
+    monkeypatch.setattr(harness, "TURN", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -112,25 +128,25 @@ def test_summary_takes_the_fastest_peer(backbone: Any, counts: Any, sides: Any) 
     assert ours["of_peak"] == pytest.approx(counts.decoder_operations(config.decoder, 2, 5, 2) / 2 / 1e6)
 
 
-def test_sides_take_turns(backbone: Any) -> None:
+def test_sides_take_turns(harness: Any) -> None:
     order = []
 
     def run(name: str) -> Any:
         return lambda: (float(len(order)), order.append(name))
 
-    seconds = backbone.take_turns({"a": run("a"), "b": run("b")}, 3, 0)
+    seconds = harness.take_turns({"a": run("a"), "b": run("b")}, 3, 0)
     assert order == ["a", "a", "b", "b"] * 3  # the first run of a turn is not timed
     assert seconds == {"a": [1.0, 5.0, 9.0], "b": [3.0, 7.0, 11.0]}
 
 
 def test_side_by_side(
-    backbone: Any, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    backbone: Any, harness: Any, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The float32 plan whole: outputs agree, all phases are timed, cores and threads are pinned, the result is kept."""
     torch.set_num_threads(2)
     pinned = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: pinned.append(len(cores)))
-    monkeypatch.setattr(backbone, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     result = backbone.main(["--size", "tiny", "--repeats", "1", "--threads", "1", "--save"])
     assert pinned == [1] and torch.get_num_threads() == 1
     assert [row["sizes"]["kind"] for row in result["phases"]] == ["prefill", "prefill", "decode", "decode", "train", "train"]
@@ -165,25 +181,96 @@ def test_on_an_accelerators_plan(backbone: Any, quick: None, capsys: pytest.Capt
     assert "%" in capsys.readouterr().out
 
 
-def test_without_a_peer(backbone: Any, sides: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(backbone, "peer_device", lambda _: ("torch sees no GPU", "cuda"))
+def test_without_a_peer(
+    backbone: Any, harness: Any, sides: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "peer_device", lambda _: ("torch sees no GPU", "cuda"))
     monkeypatch.setattr(backbone, "phases_of", lambda *_: [sides.Phase("prefill", 1, 16)])
     result = backbone.main(["--size", "tiny", "--dtype", "bfloat16", "--repeats", "1"])
     assert list(result["phases"][0]["sides"]) == ["blm_jax"]
-    assert "note: transformers was not measured: torch sees no GPU" in capsys.readouterr().out
+    assert "note: the peer was not measured: torch sees no GPU" in capsys.readouterr().out
 
 
-def test_work_of_others_is_seen(backbone: Any) -> None:
-    before = backbone.foreign_work()
+def test_work_of_others_is_seen(harness: Any) -> None:
+    before = harness.foreign_work()
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
-    assert backbone.foreign_work() - before > 0.4
+    assert harness.foreign_work() - before > 0.4
 
 
-def test_peer_needs_the_same_device(backbone: Any) -> None:
-    assert backbone.peer_device("cpu") == (None, "cpu")
-    assert backbone.peer_device("tpu")[0] == "torch does not run on tpu"
+def test_peer_needs_the_same_device(harness: Any) -> None:
+    assert harness.peer_device("cpu") == (None, "cpu")
+    assert harness.peer_device("tpu")[0] == "torch does not run on tpu"
     if not torch.cuda.is_available():
-        assert "sees no GPU" in backbone.peer_device("gpu")[0]
+        assert "sees no GPU" in harness.peer_device("gpu")[0]
+
+
+def test_acting_side_by_side(
+    acting: Any, harness: Any, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    cases = acting.cases_of("tiny")
+    monkeypatch.setattr(acting, "cases_of", lambda _: [cases[1], cases[2], *cases[-2:]])
+    result = acting.main(["--size", "tiny", "--repeats", "1", "--threads", "1", "--eager", "--save"])
+    assert [row["case"]["going_on"] for row in result["phases"]] == ["", "", "guided", "given"]
+    assert all(row["compared"] and list(row["sides"]) == ["blm_jax", "PyTorch, eager"] for row in result["phases"])
+    assert json.loads((tmp_path / "act_cpu.json").read_text()) == json.loads(json.dumps(result))
+    printed = capsys.readouterr().out
+    assert "2 observations: 0.02 GFLOP" in printed and "note: going on with the last chunk adds" in printed
+
+
+def test_acting_on_an_accelerators_plan(
+    acting: Any, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = acting.cases_of("tiny")
+    monkeypatch.setattr(acting, "cases_of", lambda _: cases[2:3])
+    argv = ["--size", "tiny", "--dtype", "bfloat16", "--repeats", "1", "--eager", "--peak-tflops", "1", "--bandwidth", "100"]
+    result = acting.main(argv)
+    assert list(result["phases"][0]["sides"]) == ["blm_jax", "PyTorch, eager"]
+    assert all(side["times_bound"] > 1 for row in result["phases"] for side in row["sides"].values())
+    assert "at least" in capsys.readouterr().out
+
+
+def test_no_acting_is_timed_when_actions_differ(acting: Any, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = importlib.import_module("_acting")
+    honest = sides.exported
+
+    def wrong(config: Any, params: Any, *rest: Any) -> Any:
+        return honest(config, {**params, "action_places": params["action_places"] * 1.1}, *rest)
+
+    monkeypatch.setattr(sides, "exported", wrong)
+    with pytest.raises(RunError, match="1 observation: the two sides do not agree"):
+        acting.side_by_side(acting.sizes_of("tiny"), acting.cases_of("tiny"), 1, (False,))
+
+
+def test_acting_is_counted_as_the_compiler_does(acting: Any, counts: Any) -> None:
+    """Of one robot's policy whose every loop goes round once; counted are products alone, on both sides."""
+    config = acting.sizes_of("tiny").policy
+    config = replace(config, robots=("panda",))
+    rows, samples, tokens = 2, 3, 11
+    policy = policy_with_params(config, ComputeConfig(), abstract_policy(config))
+    inputs = make_inputs(config, rows, tokens)
+
+    def condition(policy: Policy) -> Any:
+        return policy.condition(inputs.intent, inputs.robots)
+
+    def velocity(policy: Policy, made: Any, noised: Any) -> Any:
+        return policy.velocity(made, noised, jnp.zeros(1)).actions
+
+    noised = jnp.zeros((rows * samples, config.horizon, config.embodiment.action_width))
+    found = dot_flops(jax.jit(condition).lower(policy).compile())
+    assert found == counts.bridge_operations(config, rows, rows * tokens)
+    found = dot_flops(jax.jit(velocity).lower(policy, jax.eval_shape(condition, policy), noised).compile())
+    assert found == counts.step_operations(config, rows * samples)
+
+
+def test_weights_of_acting_are_all_of_the_policys(acting: Any, counts: Any) -> None:
+    """Kernels, without the future's head and the keys and values that a step finds ready, which are the bridge's to make."""
+    config = replace(acting.sizes_of("tiny").policy, robots=("panda",))
+    params = abstract_policy(config)
+    kernels = sum(math.prod(leaf.shape) for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel")
+    head = sum(math.prod(params["future_head"][name]["kernel"].shape) for name in ("inner", "outer"))
+    assert counts.bridge_weights(config) + counts.step_weights(config) == kernels - head
 
 
 @pytest.mark.parametrize(
