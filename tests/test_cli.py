@@ -94,6 +94,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([*GENERATE, "--mesh", "fspd=2"], "mesh.fspd: no such key; did you mean fsdp?"),
         ([*GENERATE, "--mesh", "8"], "an override is written key=value"),
         ([*GENERATE, "--dtype", "bfloat"], "'bfloat' is not one of float32, bfloat16; did you mean bfloat16?"),
+        ([*GENERATE, "--attention", "splat"], "'splat' is not one of auto, xla, splash, cudnn; did you mean splash?"),
         ([*GENERATE, "--processes", "2"], "--coordinator and --process missing"),
         ([*GENERATE, "--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process is 2: it must lie between 0 and"),
         ([*GENERATE, "--coordinator", "here", "--processes", "2", "--process", "0"], "--coordinator is 'here': write HOST:PORT"),
@@ -118,7 +119,7 @@ def test_a_wrong_command_line_is_one_line(
 
 def test_generate_with_every_flag(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--image a.png --image b.png --video c.mp4 --system terse --max-new-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 4"
-    assert cli.main([*GENERATE, *flags.split(), "--mesh", "data=2,tensor=4", "--dtype", "bfloat16"]) == 0
+    assert cli.main([*GENERATE, *flags.split(), "--mesh", "data=2,tensor=4", "--dtype", "bfloat16", "--attention", "xla"]) == 0
     assert calls == [
         {
             "model": "somewhere",
@@ -127,7 +128,7 @@ def test_generate_with_every_flag(calls: list[dict[str, Any]], capsys: pytest.Ca
             "videos": ("c.mp4",),
             "system": "terse",
             "sampling": SamplingConfig(max_new_tokens=5, temperature=0.5, top_k=3, top_p=0.9, seed=4),
-            "hardware": HardwareConfig(MeshConfig(data=2, fsdp=-1, tensor=4), ComputeConfig(dtype="bfloat16")),
+            "hardware": HardwareConfig(MeshConfig(data=2, fsdp=-1, tensor=4), ComputeConfig(dtype="bfloat16", attention="xla")),
             "on_text": None,
         }
     ]

@@ -123,7 +123,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, cau
     if packed:
         seen = (segments[:, :, None] == segments[:, None, :])[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=causal, implementation="cudnn")
-    lengths = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+    lengths = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32), 1)  # a row that only fills the mesh sees itself
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
