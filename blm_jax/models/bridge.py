@@ -26,7 +26,8 @@ class Places(nnx.Module):
         """places [rows, tokens, 4] -> [rows, tokens, width]. Camera 0 is text, which has no place."""
         camera = places[..., 0]
         waves = jnp.where(camera[..., None, None] > 0, sinusoid(places[..., 1:], PLACE_FEATURES, longest=1e3), 0)
-        return self.cameras[...].astype(dtype)[camera] + self.project(waves.reshape(*camera.shape, -1).astype(dtype))
+        table = constrain(self.cameras[...].astype(dtype), (None, None))  # whole on a device: looked up by rows that are divided
+        return table[camera] + self.project(waves.reshape(*camera.shape, -1).astype(dtype))
 
 
 class BridgeBlock(nnx.Module):
