@@ -1,0 +1,131 @@
+"""Batches made ahead of the step that wants them, by threads or worker processes.
+
+What step s reads is a function of s (`rows_of`), so all there is to remember is a number: a run goes on from it with other hosts
+and other workers, and reads what it would have read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, Protocol, TypeVar
+
+import grain
+import numpy as np
+from absl import flags
+
+from blm_jax.errors import RequestError
+
+Row = TypeVar("Row", covariant=True)
+ENDLESS = 2**62  # rows: a run ends with its steps, not with its data
+
+
+class Rows(Protocol[Row]):
+    """The rows of all batches there are. It travels to worker processes, so it pickles, and opens files where it is."""
+
+    def host_rows(self, host: int, hosts: int) -> Sequence[int]:
+        """Which rows of every batch a host reads."""
+        ...
+
+    def read(self, step: int, row: int) -> Row:
+        """One row of a step's batch, as a batch of one row."""
+        ...
+
+
+@dataclass(frozen=True)
+class _OfHost:
+    """Rows as grain wants them: those of a host, one step after the other."""
+
+    rows: Rows[Any]
+    own: Sequence[int]
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Any:
+        step, place = divmod(int(index), len(self.own))
+        return _taken_apart(self.rows.read(step, self.own[place]))
+
+
+class Loader(Generic[Row]):
+    """Batches from step `start` on. `workers` 0 reads with threads of this process; pictures are worth processes."""
+
+    def __init__(self, rows: Rows[Row], *, start: int = 0, host: int = 0, hosts: int = 1, workers: int = 0, ahead: int = 2):
+        if start < 0 or workers < 0 or ahead < 1:
+            raise RequestError(f"a loader starts at step {start} with {workers} workers, {ahead} batches ahead: 0, 0 and 1 are the least")
+        self.step = start
+        self.waited = 0.0  # seconds, for the last batch
+        self._rows, self._own = rows, rows.host_rows(host, hosts)
+        self._workers, self._ahead = workers, ahead
+        self._iterator: Iterator[Any] | None = None
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps: the next step."""
+        return {"step": self.step}
+
+    def __iter__(self) -> Loader[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        start = time.perf_counter()
+        if self._iterator is None:
+            self._iterator = self._begin()
+        parts = [next(self._iterator) for _ in self._own]
+        self.waited = time.perf_counter() - start
+        self.step += 1
+        return joined(parts)
+
+    def _begin(self) -> Iterator[Any]:
+        count = len(self._own)
+        dataset = grain.MapDataset.source(_OfHost(self._rows, self._own))[self.step * count :]
+        buffered = self._ahead * count
+        if not self._workers:
+            return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=min(4, buffered), prefetch_buffer_size=buffered)))
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain hands them on to its processes
+        rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        each = -(-buffered // self._workers)
+        return iter(rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=each)))
+
+    def close(self) -> None:
+        """Ends threads and processes; the next batch starts them again."""
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()
+        self._iterator = None
+
+
+# --- rows to batches -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A structure without its arrays, which grain passes between processes through shared memory."""
+
+    kind: type
+    rest: dict[str, Any]
+
+
+def _taken_apart(value: Any) -> Any:
+    """Nested dataclasses of arrays as nested dicts of arrays; what they were stands in the first key of each."""
+    if not hasattr(value, "__dataclass_fields__"):
+        return value
+    parts = {field.name: _taken_apart(getattr(value, field.name)) for field in fields(value)}
+    arrays = {name: part for name, part in parts.items() if isinstance(part, np.ndarray | dict)}
+    return {"": _Apart(type(value), {name: part for name, part in parts.items() if name not in arrays}), **arrays}
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """One batch of several, row after row."""
+    first = parts[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts)
+    if not isinstance(first, dict):
+        raise TypeError(f"rows are made of arrays, not of {type(first).__name__}")
+    apart: _Apart = first[""]
+    made = {name: joined([part[name] for part in parts]) for name in first if name}
+    rest = dict(apart.rest)
+    if "groups" in rest:  # of vision rows: a group a text row
+        rest["groups"] = sum(part[""].rest["groups"] for part in parts)
+    return apart.kind(**made, **rest)

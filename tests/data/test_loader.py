@@ -1,0 +1,105 @@
+"""Loaders: the same batches wherever a run goes on, whoever reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blm_jax.batch import Array, VisionRows
+from blm_jax.data.loader import Loader, joined
+from blm_jax.errors import RequestError
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Told:
+    step: Array
+    pictures: VisionRows
+    nothing: Array | None = None
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Rows that say which they are."""
+
+    broken: int = -1  # step that cannot be read
+
+    def host_rows(self, host: int, hosts: int) -> range:
+        return range(host * BATCH // hosts, (host + 1) * BATCH // hosts)
+
+    def read(self, step: int, row: int) -> Told:
+        if step == self.broken:
+            raise RequestError("this row is broken")
+        told = np.array([[step, row]])
+        return Told(told, VisionRows(told[..., None] * 0.5, told, told, told[..., None]))
+
+
+def taken(count: int, **settings: Any) -> list[Told]:
+    loader = Loader(Telling(), **settings)
+    found = [next(loader) for _ in range(count)]
+    loader.close()
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_order(workers: int) -> None:
+    for step, batch in enumerate(taken(3, start=5, workers=workers), start=5):
+        assert batch.step.tolist() == [[step, row] for row in range(BATCH)]
+        assert batch.nothing is None
+        assert type(batch.pictures) is VisionRows and batch.pictures.groups == BATCH
+        assert np.array_equal(batch.pictures.patches[..., 0], 0.5 * batch.step)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_cut_a_batch(hosts: int) -> None:
+    parts = [taken(2, host=host, hosts=hosts)[1].step for host in range(hosts)]
+    assert np.array_equal(np.concatenate(parts), taken(2)[1].step)
+
+
+def test_a_run_goes_on_from_its_state() -> None:
+    loader = Loader(Telling(), workers=2, ahead=3)
+    for _ in range(4):
+        next(loader)
+    state = loader.state()
+    loader.close()
+    assert state == {"step": 4}
+    [batch] = taken(1, start=state["step"])
+    assert batch.step[0, 0] == 4
+
+
+def test_waiting_is_measured() -> None:
+    loader = Loader(Telling())
+    next(loader)
+    assert 0 < loader.waited < 10
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_goes_wrong_arrives(workers: int) -> None:
+    loader = Loader(Telling(broken=1), workers=workers)
+    next(loader)
+    with pytest.raises(Exception, match="this row is broken"):
+        next(loader)
+    loader.close()
+
+
+def test_a_closed_loader_begins_again_where_it_was() -> None:
+    loader = Loader(Telling())
+    next(loader)
+    loader.close()
+    assert next(loader).step[0, 0] == 1
+    loader.close()
+
+
+def test_settings_that_make_no_sense() -> None:
+    with pytest.raises(RequestError, match="starts at step -1"):
+        Loader(Telling(), start=-1)
+
+
+def test_only_arrays_are_joined() -> None:
+    with pytest.raises(TypeError, match="not of str"):
+        joined(["a"])
