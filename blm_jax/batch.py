@@ -21,13 +21,15 @@ class VisionRows:
     one visual token stay together and in order, so merging is a reshape.
     """
 
-    patches: Array  # [rows, patches, channels * temporal_patch * patch * patch] float32, in that order
+    patches: Array  # [rows, patches, channels * temporal_patch * patch * patch], in that order; float32, or uint8 and `levels`
     windows: Array  # [rows, patches] int32, window-attention segment, unique within its slot; 0 is padding
     frames: Array  # [rows, patches] int32, full-attention segment, unique within its row; 0 is padding
     places: Array  # [rows, patches, 2] int32, row and column of the patch in its frame
     # Rows are divided evenly into groups, text rows likewise: text group g sees the visual tokens of vision group g.
     # One group lets any text row use any vision row (an all-gather on a mesh); a group a text row needs none.
     groups: int = field(default=1, metadata={"static": True})
+    # What bytes mean: value = scale * byte + offset, (scale, offset) by channel. A quarter of the memory, on the way to devices too.
+    levels: tuple[tuple[float, float], ...] | None = field(default=None, metadata={"static": True})
 
 
 @dataclass(frozen=True)

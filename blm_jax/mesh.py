@@ -88,7 +88,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-jax.tree_util.register_dataclass(VisionRows, ["patches", "windows", "frames", "places"], ["groups"])
+jax.tree_util.register_dataclass(VisionRows, ["patches", "windows", "frames", "places"], ["groups", "levels"])
 for _rows in (Batch, IntentRows, RobotRows, Chunks):
     jax.tree_util.register_dataclass(_rows, [field.name for field in fields(_rows)], [])
 

@@ -9,7 +9,7 @@ import numpy as np
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig
 from blm_jax.data.prompt import Example
-from blm_jax.data.windows import Layout, fill_rows, lay_out, lay_out_groups
+from blm_jax.data.windows import Layout, Levels, fill_rows, lay_out, lay_out_groups
 from blm_jax.errors import RequestError
 
 
@@ -21,11 +21,12 @@ def collate(
     row_multiple: int = 1,
     vision_row_length: int | None = None,
     vision_rows_per_group: int = 1,
+    levels: Levels | None = None,
 ) -> Batch:
     """A batch whose row i holds the examples rows[i], one after the other, padded on the right to `length` (the longest row).
 
     Without `vision_row_length` all pictures share rows of the best shape, their number a multiple of `row_multiple`. With it,
-    the shape is fixed, and the pictures of each text row lie in vision rows of its own.
+    the shape is fixed, and the pictures of each text row lie in vision rows of its own. With `levels`, pictures stay bytes.
     """
     longest = max((sum(len(example.tokens) for example in row) for row in rows), default=0)
     length = longest if length is None else length
@@ -49,28 +50,27 @@ def collate(
             targets[i, start : end - 1] = example.tokens[1:]
             weights[i, start : end - 1] = example.supervised[1:]
             start = end
-    layout, patches = lay_out_pictures(rows, config, row_multiple, vision_row_length, vision_rows_per_group)
+    layout = lay_out_pictures(rows, config, row_multiple, vision_row_length, vision_rows_per_group)
     if layout is None:
         return Batch(tokens, segments, positions, slots, targets, weights)
     fill_slots(slots, tokens, rows, layout, config)
-    return Batch(tokens, segments, positions, slots, targets, weights, fill_rows(layout, patches, config.vision))
+    pictures = [picture for row in rows for example in row for picture in example.pictures]
+    frames = [frame for picture in pictures for frame in picture.frames(as_bytes=levels is not None)]
+    return Batch(tokens, segments, positions, slots, targets, weights, fill_rows(layout, frames, config.vision, levels))
 
 
 def lay_out_pictures(
     rows: Sequence[Sequence[Example]], config: BackboneConfig, row_multiple: int, row_length: int | None, rows_per_group: int
-) -> tuple[Layout | None, list[np.ndarray]]:
-    """The layout of all frames in the order of their tokens, and their patches."""
+) -> Layout | None:
+    """The layout of all frames in the order of their tokens."""
     sizes: list[list[tuple[int, int]]] = [[] for _ in rows]
-    patches: list[np.ndarray] = []
     for i, row in enumerate(rows):
-        for picture in (picture for example in row for picture in example.pictures):
-            grid = picture.grid
+        for grid in (picture.grid for example in row for picture in example.pictures):
             sizes[i] += [(grid.rows, grid.columns)] * grid.frames
-            patches += list(picture.patches.reshape(grid.frames, grid.rows * grid.columns, -1))
     if row_length is not None:
-        return lay_out_groups(sizes, config.vision, row_length=row_length, rows_per_group=rows_per_group), patches
+        return lay_out_groups(sizes, config.vision, row_length=row_length, rows_per_group=rows_per_group)
     flat = [size for row in sizes for size in row]
-    return (lay_out(flat, config.vision, row_multiple) if flat else None), patches
+    return lay_out(flat, config.vision, row_multiple) if flat else None
 
 
 def fill_slots(slots: np.ndarray, tokens: np.ndarray, rows: Sequence[Sequence[Example]], layout: Layout, config: BackboneConfig) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blm_jax.data.files import one_line, read_source
-from blm_jax.data.pixels import PixelConfig, check_positive, cut_patches, fit_size
+from blm_jax.data.pixels import PixelConfig, check_positive, cut_patches, fit_size, normalise
 from blm_jax.data.positions import Grid
 from blm_jax.errors import RequestError
 
@@ -19,12 +19,22 @@ from blm_jax.errors import RequestError
 class Picture:
     """A picture or a video, ready for the vision tower."""
 
-    patches: np.ndarray  # [grid.patches, channels * temporal_patch * patch * patch] float32
+    raw: np.ndarray  # [grid.patches, channels * temporal_patch * patch * patch] uint8; float32 where `config` is none
     grid: Grid
+    config: PixelConfig | None = None
+
+    @property
+    def patches(self) -> np.ndarray:
+        """[grid.patches, values] float32, normalised."""
+        return self.raw if self.config is None else normalise(self.raw, self.config)
+
+    def frames(self, *, as_bytes: bool) -> np.ndarray:
+        """[grid.frames, patches of a frame, values]."""
+        return (self.raw if as_bytes else self.patches).reshape(self.grid.frames, self.grid.rows * self.grid.columns, -1)
 
 
 def prepare_picture(source: Any, config: PixelConfig, **limits: int) -> Picture:
-    """Load, resize, normalise and cut a picture; a still picture fills its temporal patch with copies of itself.
+    """Load, resize and cut a picture.
 
     `limits`, min_pixels and max_pixels, replace the model's.
     """
@@ -33,8 +43,8 @@ def prepare_picture(source: Any, config: PixelConfig, **limits: int) -> Picture:
     image = load_image(source)
     height, width = fit_size(image.height, image.width, config.factor, config.min_pixels, config.max_pixels)
     frame = resize(image, height, width, config)
-    patches = cut_patches(np.broadcast_to(frame, (config.temporal_patch, *frame.shape)), config)
-    return Picture(patches, Grid(1, height // config.patch, width // config.patch))
+    patches = cut_patches(frame[None], config)
+    return Picture(patches, Grid(1, height // config.patch, width // config.patch), config)
 
 
 def resize(image: Image.Image, height: int, width: int, config: PixelConfig) -> np.ndarray:

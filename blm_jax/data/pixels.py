@@ -185,20 +185,33 @@ def fit_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: 
 
 
 def cut_patches(frames: np.ndarray, config: PixelConfig) -> np.ndarray:
-    """Normalised patches [n, channels * temporal_patch * patch * patch] float32 of resized frames [t, height, width, 3] uint8.
+    """Patches [n, channels * temporal_patch * patch * patch] uint8 of resized frames [t, height, width, 3] uint8.
 
-    Patches come by temporal patch, then visual token in raster order, then the merge x merge patches of that token.
+    Patches come by temporal patch, then visual token in raster order, then the merge x merge patches of that token. A single
+    frame fills its temporal patch with copies of itself.
     """
-    depth, merge, patch = config.temporal_patch, config.merge, config.patch
+    merge, patch = config.merge, config.patch
     time, height, width, channels = frames.shape
+    depth, copies = (1, config.temporal_patch) if time == 1 else (config.temporal_patch, 1)
     blocks = frames.reshape(time // depth, depth, height // (merge * patch), merge, patch, width // (merge * patch), merge, patch, channels)
     # [time, rows, columns, merge, merge, channels, depth, patch, patch]
-    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, depth * patch * patch)
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, 1, depth * patch * patch)
+    return np.repeat(blocks, copies, axis=2).reshape(len(blocks), -1)
+
+
+def normalise(patches: np.ndarray, config: PixelConfig) -> np.ndarray:
+    """Patches [n, values] uint8 -> float32, exactly as the reference has them."""
     table = value_table(config.rescale, config.mean, config.std)
-    patches = np.empty(blocks.shape, np.float32)
-    for channel in range(channels):
-        patches[:, channel] = table[channel][blocks[:, channel]]
-    return patches.reshape(len(blocks), -1)
+    by_channel = patches.reshape(len(patches), len(table), -1)
+    values = np.empty(by_channel.shape, np.float32)
+    for channel, meaning in enumerate(table):
+        values[:, channel] = meaning.take(by_channel[:, channel], mode="clip")  # "clip" spares the check of bounds
+    return values.reshape(patches.shape)
+
+
+def levels_of(config: PixelConfig) -> tuple[tuple[float, float], ...]:
+    """Scale and offset by channel that normalise bytes on a device, to the last bit or two."""
+    return tuple((config.rescale / std, -mean / std) for mean, std in zip(config.mean, config.std, strict=True))
 
 
 @functools.cache

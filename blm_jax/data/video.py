@@ -38,7 +38,7 @@ class Timeline:
 
 
 def prepare_video(source: Any, config: PixelConfig, **settings: Any) -> Picture:
-    """Sample, resize, normalise and cut a video.
+    """Sample, resize and cut a video.
 
     `source` is a file (path, file: or data: URL, bytes), or frames: a list of pictures, an array [t, height, width, 3], a
     directory of picture files. Frames are taken all, and `fps` is then their rate. Settings replace the fields of
@@ -61,25 +61,30 @@ def prepare_video(source: Any, config: PixelConfig, **settings: Any) -> Picture:
     patches = cut_patches(np.stack(frames), config)
     height, width = frames[0].shape[:2]
     grid = Grid(len(frames) // config.temporal_patch, height // config.patch, width // config.patch, float(config.temporal_patch / rate))
-    return Picture(patches, grid)
+    return Picture(patches, grid, config)
 
 
 def frame_fitter(count: int, config: PixelConfig, video: VideoConfig) -> Callable[[Image.Image], np.ndarray]:
-    """How each of `count` frames becomes pixels [height, width, 3] of the size they all have.
-
-    As in Qwen2.5-VL's tools, the budget is shared out evenly, but no frame gets less than a little above its minimum.
-    """
-    share = video.total_pixels * config.temporal_patch // count
-    high = max(min(video.max_pixels, share), int(video.min_pixels * 1.05))
+    """How each of `count` frames becomes pixels [height, width, 3] of the size they all have."""
     sizes: set[tuple[int, int]] = set()
 
     def fit(frame: Image.Image) -> np.ndarray:
         sizes.add(frame.size)
         if len(sizes) > 1:
             raise RequestError(f"the frames of a video must be of one size, not {sorted(sizes)}")
-        return resize(frame, *fit_size(frame.height, frame.width, config.factor, video.min_pixels, high), config)
+        return resize(frame, *frame_size(frame.height, frame.width, count, config, video), config)
 
     return fit
+
+
+def frame_size(height: int, width: int, count: int, config: PixelConfig, video: VideoConfig) -> tuple[int, int]:
+    """The size that each of `count` frames is resized to.
+
+    As in Qwen2.5-VL's tools, the budget is shared out evenly, but no frame gets less than a little above its minimum.
+    """
+    share = video.total_pixels * config.temporal_patch // count
+    high = max(min(video.max_pixels, share), int(video.min_pixels * 1.05))
+    return fit_size(height, width, config.factor, video.min_pixels, high)
 
 
 def list_frames(source: Any) -> list[Any]:
@@ -144,6 +149,8 @@ def read_timeline(container: InputContainer) -> Timeline:
     if not container.streams.video:
         raise ValueError("it holds no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError("its codec is not known here")
     packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
     timed = sorted((packet.pts, packet.duration or 0, packet.is_keyframe) for packet in packets if packet.pts is not None)
     if not packets or stream.time_base is None:

@@ -17,6 +17,7 @@ from blm_jax.batch import VisionRows
 from blm_jax.config import VisionConfig
 from blm_jax.errors import RequestError
 
+Levels = tuple[tuple[float, float], ...]  # see `VisionRows`
 Size = tuple[int, int]  # rows and columns of a frame in patches
 
 # Few shapes, so that few programs are compiled: lengths of rows in slots, and numbers of rows (in units of `row_multiple`), are
@@ -78,14 +79,14 @@ def lay_out_groups(groups: Sequence[Sequence[Size]], config: VisionConfig, *, ro
     return place_windows(cuts, np.concatenate([np.zeros(0, int), *row_of_frame]), rows, row_length, len(groups), config)
 
 
-def fill_rows(layout: Layout, patches: Sequence[np.ndarray], config: VisionConfig) -> VisionRows:
-    """Copy the patches of each frame, [patches, values] in the image processor's order, to their places."""
+def fill_rows(layout: Layout, patches: Sequence[np.ndarray], config: VisionConfig, levels: Levels | None = None) -> VisionRows:
+    """Copy the patches of each frame, [patches, values] in the image processor's order, to their places; bytes with their `levels`."""
     group = config.merge**2
-    filled = np.zeros((layout.rows * layout.row_length // group, group * config.patch_values), np.float32)
+    filled = np.zeros((layout.rows * layout.row_length // group, group * config.patch_values), np.float32 if levels is None else np.uint8)
     for cells, values in zip(layout.cells, patches, strict=True):
         filled[cells] = values.reshape(len(cells), -1)
     filled = filled.reshape(layout.rows, layout.row_length, config.patch_values)
-    return VisionRows(filled, layout.windows, layout.frames, layout.places, layout.groups)
+    return VisionRows(filled, layout.windows, layout.frames, layout.places, layout.groups, levels)
 
 
 def check_size(size: Size, config: VisionConfig) -> Size:

@@ -6,6 +6,7 @@ from itertools import accumulate, groupby
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from blm_jax.batch import VisionRows
@@ -69,7 +70,7 @@ class VisionTower(nnx.Module):
     def __call__(self, rows: VisionRows) -> jax.Array:
         """-> [rows, patches / merge^2, out_width], visual tokens in the order of their patches."""
         rotary = vision_rotary(rows.places, self.config)
-        x = self.patch_embed(rows.patches.astype(self.compute.dtype))
+        x = self.patch_embed(_values(rows).astype(self.compute.dtype))
         x = constrain(x, ("batch", "length", "width"))
         pattern = [i in self.config.full_attention_layers for i in range(self.config.layers)]
         period = _period(pattern)
@@ -85,6 +86,15 @@ class VisionTower(nnx.Module):
 
         x, _ = scan(group, x, _periods(self.blocks, period))
         return self.merger(x)
+
+
+def _values(rows: VisionRows) -> jax.Array:
+    """[rows, patches, values], normalised."""
+    if rows.levels is None:
+        return rows.patches
+    each = rows.patches.shape[-1] // len(rows.levels)
+    scale, offset = np.repeat(np.array(rows.levels, np.float32), each, axis=0).T
+    return rows.patches.astype(jnp.float32) * scale + offset
 
 
 def _period(pattern: list[bool]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from PIL import Image
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig
 from blm_jax.data.collate import collate
+from blm_jax.data.pixels import PixelConfig, levels_of
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.errors import RequestError
 
@@ -93,6 +96,16 @@ def test_pictures_by_group(examples: list[Example], backbone: BackboneConfig) ->
         check(batch, rows, backbone)
         assert batch.vision is not None and batch.vision.groups == 3
         assert batch.vision.patches.shape == (3 * vision_rows, 512, 1176)
+
+
+def test_pictures_stay_bytes(examples: list[Example], backbone: BackboneConfig, pixels: PixelConfig) -> None:
+    rows = [[examples[1]], [examples[0]]]
+    settings: dict[str, Any] = {"length": 512, "vision_row_length": 512}
+    plain, raw = collate(rows, backbone, **settings), collate(rows, backbone, **settings, levels=levels_of(pixels))
+    assert plain.vision is not None and raw.vision is not None and raw.vision.patches.dtype == np.uint8
+    scale, offset = np.repeat(np.array(raw.vision.levels), backbone.vision.patch_values // 3, axis=0).T
+    seen = raw.vision.frames > 0
+    np.testing.assert_allclose((raw.vision.patches * scale + offset)[seen], plain.vision.patches[seen], atol=1e-6)
 
 
 def test_text_alone(examples: list[Example], backbone: BackboneConfig) -> None:

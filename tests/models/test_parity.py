@@ -14,7 +14,8 @@ import torch
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.data.collate import collate
-from blm_jax.models.mllm import Mllm, with_params
+from blm_jax.data.pixels import PixelConfig, levels_of, normalise
+from blm_jax.models.mllm import Mllm, random_params, with_params
 from tests.models.chats import IMAGE, IMAGES, MIXED, TEXT, VIDEO, make_example, torch_inputs
 from tests.models.oracle import CASES, grads_of, params_of, torch_model
 
@@ -41,6 +42,21 @@ def reference(model: Any, inputs: dict[str, Any]) -> tuple[np.ndarray, list[np.n
     hook.remove()
     last = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
     return output.logits.numpy(), [state.numpy() for state in (*output.hidden_states[:-1], last)]
+
+
+def test_bytes_are_what_their_levels_say() -> None:
+    """Pictures may stay bytes until they are on the devices: the model makes of them what the host would have made."""
+    config = next(iter(CASES.values()))
+    model = with_params(config, FLOAT32, random_params(config, jnp.dtype("float32"), None, 0))
+    batch = collate([[make_example(config, IMAGES, 0)]], config)
+    assert batch.vision is not None
+    pixels = PixelConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    drawn = np.random.default_rng(0).integers(0, 256, batch.vision.patches.shape, np.uint8)
+    by_bytes = replace(batch, vision=replace(batch.vision, patches=drawn, levels=levels_of(pixels)))
+    told = normalise(drawn.reshape(-1, drawn.shape[-1]), pixels).reshape(drawn.shape)
+    by_values = replace(batch, vision=replace(batch.vision, patches=told))
+    of_bytes, of_values = (model(jax.tree.map(jnp.asarray, one)) for one in (by_bytes, by_values))
+    np.testing.assert_allclose(of_bytes, of_values, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,8 +109,8 @@ def test_packed_examples_never_see_each_other() -> None:
     examples = [make_example(config, grids, seed) for seed, grids in enumerate(KINDS.values())]
     alone = jax.jit(Mllm.__call__)(model, jax.tree.map(jnp.asarray, collate([[example] for example in examples], config)))
     rows = [[examples[0], examples[2], examples[1]], [examples[4], examples[3]]]
-    for layout in ({}, {"vision_row_length": 8 * config.vision.window_patches}):
-        packed = jax.jit(Mllm.__call__)(model, jax.tree.map(jnp.asarray, collate(rows, config, **layout)))
+    for row_length in (None, 8 * config.vision.window_patches):
+        packed = jax.jit(Mllm.__call__)(model, jax.tree.map(jnp.asarray, collate(rows, config, vision_row_length=row_length)))
         for i, row in enumerate(rows):
             start = 0
             for example in row:
