@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -217,6 +218,46 @@ def _convert(args: argparse.Namespace, process: int) -> Result:
     return result
 
 
+def _data_prepare(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.data import command
+    from blm_jax.infer.engine import open_engine
+
+    result = command.prepare(
+        source=args.source,
+        open_engine=functools.partial(open_engine, args.model),
+        out=args.out,
+        root=args.root,
+        workers=args.workers,
+        records_per_shard=args.records_per_shard,
+        max_tokens=args.max_tokens,
+        max_patches=args.max_patches,
+        max_bad=args.max_bad,
+    )
+    if not args.json:
+        _print(f"{result['out']}: {result['records']} records of {result['read']}, {result['bad']} bad, {result['tokens']} tokens")
+    return result
+
+
+def _data_inspect(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.data import command
+    from blm_jax.infer.engine import open_engine
+
+    result = command.inspect(args.corpus, open_engine(args.model), records=args.records, count=args.count, out=args.out)
+    text = result.pop("text")
+    if not args.json:
+        _print(text)
+    return result
+
+
+def _data_stats(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.data import survey
+
+    result = survey.stats(args.sets, args.robot, args.robots_file, args.scheme, args.workers, args.out)
+    if not args.json:
+        _print(survey.report(result))
+    return result
+
+
 def _bench(args: argparse.Namespace, process: int) -> Result:
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     names = sorted(script.stem for script in folder.glob("*.py") if not script.stem.startswith("_"))
@@ -254,6 +295,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_generate(_command(commands, "generate", _generate, "answer a prompt about text, images and videos"))
     _add_act(_command(commands, "act", _act, "sample chunks of actions for recorded observations"))
     _add_convert(_command(commands, "convert", _convert, "bring weights to the Hugging Face layout or to a checkpoint"))
+    _add_data(commands.add_parser("data", help="what is done to data before training", description="What is done to data before training."))
     bench = _command(commands, "bench", _bench, "run a benchmark beside its peer", uses_jax=False)
     bench.add_argument("name", metavar="NAME", help="a script of benchmarks/, without .py; flags unknown to blm go to it")
     args, rest = parser.parse_known_args(argv)
@@ -275,6 +317,62 @@ def _command(commands: Any, name: str, run: Callable[..., Result], summary: str,
         several.add_argument("--processes", type=int, metavar="N", help="how many there are; 1 looks for no others")
         several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_data_prepare(_command(commands, "prepare", _data_prepare, "check conversations and write them as a corpus", uses_jax=False))
+    _add_data_inspect(_command(commands, "inspect", _data_inspect, "show what a model sees of a corpus", uses_jax=False))
+    _add_data_stats(_command(commands, "stats", _data_stats, "check demonstrations and make a robot's statistics", uses_jax=False))
+
+
+def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a JSON or JSONL file, a directory of such files, or tfds:NAME_OR_DIRECTORY")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="whose tokenizer, template and pictures' sizes lengths are of")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the corpus; what is there already is gone on with")
+    parser.add_argument("--root", metavar="DIR", help="where paths in records begin: a directory, or an archive (that of SOURCE)")
+    parser.add_argument("--workers", type=_at_least_one, metavar="N", help="processes (as many as there are cores)")
+    parser.add_argument("--records-per-shard", type=_at_least_one, default=4096, metavar="N", help="of the source (4096)")
+    parser.add_argument("--max-tokens", type=_at_least_one, metavar="N", help="longer records are bad ones (as the model can read)")
+    parser.add_argument("--max-patches", type=_at_least_one, metavar="N", help="records with more vision work are bad ones")
+    parser.add_argument("--max-bad", type=_share, default=0.01, metavar="SHARE", help="of bad records, at which all stops (1%%)")
+
+
+def _add_data_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("corpus", metavar="CORPUS", help="what blm data prepare wrote")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="whose tokenizer, template and pictures' sizes are applied")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--records", type=_numbers, metavar="I,J", help="numbers of records, from 0")
+    which.add_argument("--count", type=_at_least_one, default=3, metavar="N", help="so many, evenly spread (3)")
+    parser.add_argument("--out", metavar="DIR", help="a page with pictures, index.html, is written here")
+
+
+def _add_data_stats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sets", nargs="+", metavar="SET", help="directories of demonstrations: RLDS, LeRobot v2.x or v3.0")
+    parser.add_argument("--robot", required=True, metavar="NAME", help="whose demonstrations they are")
+    parser.add_argument("--robots-file", action="append", default=[], metavar="FILE", help="robots of yours; may be repeated")
+    parser.add_argument(
+        "--scheme",
+        choices=("quantile", "mean_std", "min_max"),
+        default="quantile",
+        help="what is brought to -1 and 1, or to 0 and 1 (quantile)",
+    )
+    parser.add_argument("--workers", type=_at_least_one, default=1, metavar="N", help="processes (1)")
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="where training finds the statistics and the good episodes")
+
+
+def _share(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
+    share = float(found[1]) / (100 if found[2] else 1) if found else -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 1% or 0.01")
+    return share
+
+
+def _numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of records: write 0,5,17")
+    return [int(part) for part in text.split(",")]
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

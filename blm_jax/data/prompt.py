@@ -202,7 +202,7 @@ def read_part(part: Any) -> Part:
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     kind = {"image_url": "image", "video_url": "video"}.get(str(kind), kind)
-    if kind not in SOURCES:
+    if not isinstance(kind, str) or kind not in SOURCES:
         raise RequestError(f"a part of a message has the type text, image or video, and a text its text; got {short(part)}")
     known = ("type", "detail", *SOURCES[kind], *SETTINGS[kind])
     for key in part:

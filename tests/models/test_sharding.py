@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ MESHES = {"8x1": (8, 1, 1), "fsdp 8": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 
 
 def make_batch(config: BackboneConfig, *, grouped: bool) -> Batch:
     examples = [make_example(config, grids, seed) for seed, grids in enumerate([TEXT, IMAGE, IMAGES, VIDEO, TEXT, IMAGES, IMAGE, IMAGE])]
-    layout = {"vision_row_length": 8 * config.vision.window_patches} if grouped else {"row_multiple": 8}
+    layout: dict[str, Any] = {"vision_row_length": 8 * config.vision.window_patches} if grouped else {"row_multiple": 8}
     return collate([[example] for example in examples], config, length=160, **layout)
 
 
