@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from blm_jax.batch import Array, Chunks, IntentRows, RobotRows
 from blm_jax.config import BridgeConfig, ComputeConfig, DiTConfig, EmbodimentConfig, ObjectiveConfig, PolicyConfig
 from blm_jax.models.bridge import Bridge
 from blm_jax.models.objective import follow, losses
-from blm_jax.models.policy import Policy
+from blm_jax.models.policy import Policy, abstract_policy, policy_with_params
 
 # Odd sizes, all different where they may be, so that axes which are mistaken for one another do not fit.
 SMALL = PolicyConfig(
@@ -46,9 +45,13 @@ def small(
 
 def make_policy(config: PolicyConfig = SMALL, *, seed: int = 0) -> Policy:
     """Far from its initial weights, where biases are zero and most products all but vanish: here everything has its effect."""
-    policy = Policy(config, ComputeConfig(), rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.15 * rng.standard_normal(leaf.shape), leaf.dtype), policy)
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray((path[-1].key == "scale") + 0.15 * rng.standard_normal(shape.shape), shape.dtype)
+
+    # Drawn on the host: to initialise each parameter in JAX is to compile a hundred programs that run once.
+    return policy_with_params(config, ComputeConfig(), jax.tree_util.tree_map_with_path(leaf, abstract_policy(config)))
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,23 @@ def toy(*, intent_width: int, horizon: int, state: int = 1, action: int = 2, que
     )
 
 
-Trained = tuple[Policy, Bridge]
+class Trained(NamedTuple):
+    policy: Policy
+    slows: Bridge  # the slow copies of the bridge, [PARTS + 1, ...] each leaf: before training, after each part of it
+
+
+PARTS = 8
 
 # Of LLVM, which the tests have turned off: what runs a thousand times is worth it.
-OPTIMISED = {"xla_backend_optimization_level": 1}
+OPTIMISED = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
 
 
 def train(
-    config: PolicyConfig, draw: Callable[[jax.Array], Inputs], steps: int, rate: float, loss: Callable[..., jax.Array] | None = None
+    config: PolicyConfig,
+    draw: Callable[[jax.Array], Inputs],
+    steps: int,
+    rate: float,
+    loss: Callable[[Policy, Bridge, Inputs, jax.Array], jax.Array] | None = None,
 ) -> Trained:
     """Adam on fresh rows each step, the whole loop one program. Parameters are one vector: so it compiles and runs faster."""
     policy = make_policy(config)  # the usual 0.02 is for widths of a thousand and more: here it takes twice the steps
@@ -145,18 +157,22 @@ def train(
         found = losses(policy, slow, batch.intent, batch.robots, batch.chunks, batch.future, batch.has_future, keys)
         return found.total(config.objective)
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
         vector, slow, moments = carry
         for_batch, for_loss = jax.random.split(key)
         batch = draw(for_batch)
-        value, slope = jax.value_and_grad(lambda vector: (loss or total)(to_policy(vector), slow, batch, for_loss))(vector)
+        slope = jax.grad(lambda vector: (loss or total)(to_policy(vector), slow, batch, for_loss))(vector)
         updates, moments = optimizer.update(slope, moments)
         vector = vector + updates
-        return (vector, follow(slow, to_policy(vector).bridge, config.objective.ema), moments), value
+        return (vector, follow(slow, to_policy(vector).bridge, config.objective.ema), moments), None
+
+    def part(carry: Any, keys: jax.Array) -> tuple[Any, Bridge]:
+        carry, _ = jax.lax.scan(step, carry, keys)
+        return carry, carry[1]
 
     def loop(vector: jax.Array) -> Trained:
         carry = vector, policy.bridge, optimizer.init(vector)
-        (vector, slow, _), _ = jax.lax.scan(step, carry, jax.random.split(jax.random.key(1), steps))
-        return to_policy(vector), slow
+        (vector, *_), slows = jax.lax.scan(part, carry, jax.random.split(jax.random.key(1), (PARTS, steps // PARTS)))
+        return Trained(to_policy(vector), jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), policy.bridge, slows))
 
     return jax.jit(loop, compiler_options=OPTIMISED)(vector)
