@@ -15,14 +15,13 @@ import numpy as np
 from _harness import Run
 from _sides import Phase, Transformers, examples_of, timed
 
-from blm_jax.batch import RobotRows
+from blm_jax.batch import Prompts, RobotRows
 from blm_jax.config import BackboneConfig, ComputeConfig, Dtype, PolicyConfig
 from blm_jax.convert.twin.blm_policy import BLMPolicy, Committed, Intent
-from blm_jax.data.collate import collate
-from blm_jax.data.observation import intent_tokens
+from blm_jax.data.observation import prompts_of
 from blm_jax.data.prompt import Example
 from blm_jax.data.robots import action_mask, find_robot, load_robots, state_mask
-from blm_jax.infer.act import Prompts, act, denoise, look, noise_of
+from blm_jax.infer.act import act, denoise, look, noise_of
 from blm_jax.models import objective
 from blm_jax.models.mllm import random_params, with_params
 from blm_jax.models.policy import policy_with_params, random_policy
@@ -117,10 +116,7 @@ class Ours:
 
     def _prompts(self, observations: int) -> Prompts:
         examples = self.sizes.examples(observations)
-        batch = collate([[example] for example in examples], self.sizes.backbone)
-        shown = [intent_tokens(example, self.sizes.backbone) for example in examples]
-        mask, places = (np.stack(part) for part in zip(*shown, strict=True))
-        return jax.tree.map(jnp.asarray, Prompts(batch, mask, places))  # pyright: ignore[reportArgumentType]
+        return jax.tree.map(jnp.asarray, prompts_of(examples, self.sizes.backbone, self.sizes.length))
 
     def _config(self, case: Case) -> PolicyConfig:
         """A policy is given the last chunk's steps if it was trained so. No weight depends on it."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _counts import Chip, chip_of
 
+from blm_jax.counts import Chip, chip_of
 from blm_jax.errors import RequestError, RunError
 
 # One run: the seconds it took, and what came out, for comparison.

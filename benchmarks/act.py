@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import _harness
 import backbone
-from _counts import Chip, Work, acting
 from _harness import Result, check, progress
 
 from blm_jax.config import BridgeConfig, DiTConfig, EmbodimentConfig, PolicyConfig
+from blm_jax.counts import Chip, Work, acting
 
 if TYPE_CHECKING:  # jax is imported once the threads are pinned
     from _acting import Case, Sizes

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import _harness
-from _counts import Chip, decode_bytes, decoder_operations, parameters, vision_operations
 from _harness import Result, Run, check, progress
 
 from blm_jax import configfile
 from blm_jax.config import BackboneConfig, DecoderConfig, TokenConfig, VisionConfig
+from blm_jax.counts import Chip, decode_bytes, decoder_operations, parameters, vision_operations
 
 if TYPE_CHECKING:  # jax is imported once the threads are pinned
     from _sides import Phase, Transformers

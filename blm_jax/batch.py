@@ -70,3 +70,23 @@ class Chunks:
 
     actions: Array  # [rows, horizon, action_width] float32
     mask: Array  # [rows, horizon, action_width] bool: false past the episode's end too
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Observations as the backbone reads them, one a row, and which of its hidden states become `IntentRows`."""
+
+    batch: Batch
+    mask: Array  # [rows, length] bool
+    places: Array  # [rows, length, 4] int32
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a policy learns from: a moment of a demonstration a row, seen as prompts for the backbone, or as what it made of them."""
+
+    robots: RobotRows
+    chunks: Chunks
+    has_future: Array  # [rows] bool: false past an episode's end, where `future` is a row of nothing
+    seen: Prompts | IntentRows
+    future: Prompts | IntentRows  # a chunk later

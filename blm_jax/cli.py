@@ -240,13 +240,31 @@ def _data_prepare(args: argparse.Namespace, process: int) -> Result:
 
 def _data_inspect(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.data import command
-    from blm_jax.infer.engine import open_engine
+    from blm_jax.infer.engine import instruction_of, open_engine
 
-    result = command.inspect(args.corpus, open_engine(args.model), records=args.records, count=args.count, out=args.out)
+    if command.is_corpus(args.path):
+        _refuse(args, ("robot", "robots_file", "stats", "episodes"), "is a corpus of conversations")
+        if args.model is None:
+            raise RequestError(f"{args.path} is shown as a model reads it: say of which with --model")
+        result = command.show_corpus(args.path, open_engine(args.model), records=args.records, count=args.count, out=args.out)
+    else:
+        _refuse(args, ("records",), "is no corpus of conversations")
+        prompts = {} if args.model is None else {"engine": open_engine(args.model), "instruction": instruction_of(args.model)}
+        chosen = {"episodes": args.episodes, "count": args.count}
+        result = command.show_demonstrations(
+            args.path, args.robot, robots_files=args.robots_file, stats=args.stats, out=args.out, **chosen, **prompts
+        )
     text = result.pop("text")
     if not args.json:
         _print(text)
     return result
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], what: str) -> None:
+    """Flags that say nothing of what the path holds."""
+    for name in names:
+        if getattr(args, name):
+            raise RequestError(f"{args.path} {what}: --{name.replace('_', '-')} is not for it")
 
 
 def _data_stats(args: argparse.Namespace, process: int) -> Result:
@@ -255,6 +273,37 @@ def _data_stats(args: argparse.Namespace, process: int) -> Result:
     result = survey.stats(args.sets, args.robot, args.robots_file, args.scheme, args.workers, args.out)
     if not args.json:
         _print(survey.report(result))
+    return result
+
+
+def _data_features(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.data.augment import AugmentConfig
+    from blm_jax.data.moments import Augmentation
+    from blm_jax.infer import features
+
+    changes = AugmentConfig(crop=args.crop, brightness=args.brightness, contrast=args.contrast, saturation=args.saturation)
+    request = features.Request(
+        model=args.model,
+        sets=tuple(args.sets),
+        robot=args.robot,
+        stats=args.stats,
+        out=args.out,
+        robots_files=tuple(args.robots_file),
+        form=args.form,
+        augmentation=Augmentation(changes, args.seed, args.versions),
+        room=args.instruction_tokens,
+        per_shard=args.frames_per_shard,
+        workers=args.workers,
+        chip=args.chip,
+        chips=args.chips,
+        read_rate=args.read_rate,
+        hardware=_hardware(args),
+    )
+    result = features.features(request, dry_run=args.dry_run)
+    if process == 0 and not args.json and not args.dry_run:
+        _print(f"{result['out']}: {result['frames']} frames, {result['bytes'] / 1e9:.3g} GB, {result['seconds']:.0f} s")
+        if error := result.get("action_error"):
+            _print(f"actions are off by {error['int8']:.2g} with int8, by {error['bfloat16']:.2g} with bfloat16 (root mean square)")
     return result
 
 
@@ -322,8 +371,9 @@ def _command(commands: Any, name: str, run: Callable[..., Result], summary: str,
 def _add_data(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_data_prepare(_command(commands, "prepare", _data_prepare, "check conversations and write them as a corpus", uses_jax=False))
-    _add_data_inspect(_command(commands, "inspect", _data_inspect, "show what a model sees of a corpus", uses_jax=False))
+    _add_data_inspect(_command(commands, "inspect", _data_inspect, "show what a model sees of data", uses_jax=False))
     _add_data_stats(_command(commands, "stats", _data_stats, "check demonstrations and make a robot's statistics", uses_jax=False))
+    _add_data_features(_command(commands, "features", _data_features, "make what the frozen backbone sees of demonstrations, for training"))
 
 
 def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
@@ -339,12 +389,17 @@ def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", metavar="CORPUS", help="what blm data prepare wrote")
-    parser.add_argument("--model", required=True, metavar="MODEL", help="whose tokenizer, template and pictures' sizes are applied")
+    parser.add_argument("path", metavar="PATH", help="what blm data prepare wrote, or a set of demonstrations: RLDS, LeRobot v2.x or v3.0")
+    parser.add_argument("--model", metavar="MODEL", help="whose prompts are shown; a corpus has no other sight")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--records", type=_numbers, metavar="I,J", help="numbers of records, from 0")
+    which.add_argument("--records", type=_numbers, metavar="I,J", help="numbers of a corpus's records, from 0")
+    which.add_argument("--episodes", type=_numbers, metavar="I,J", help="numbers of a set's episodes, from 0")
     which.add_argument("--count", type=_at_least_one, default=3, metavar="N", help="so many, evenly spread (3)")
     parser.add_argument("--out", metavar="DIR", help="a page with pictures, index.html, is written here")
+    of_sets = parser.add_argument_group("sets of demonstrations")
+    of_sets.add_argument("--robot", metavar="NAME", help="whose demonstrations they are")
+    of_sets.add_argument("--robots-file", action="append", default=[], metavar="FILE", help="robots of yours; may be repeated")
+    of_sets.add_argument("--stats", metavar="FILE.json", help="what blm data stats wrote: chunks are shown as they are learned, too")
 
 
 def _add_data_stats(parser: argparse.ArgumentParser) -> None:
@@ -361,6 +416,33 @@ def _add_data_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE.json", help="where training finds the statistics and the good episodes")
 
 
+def _add_data_features(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory with a policy/, whose config names the block; local or in a bucket")
+    parser.add_argument("sets", nargs="+", metavar="SET", help="directories of demonstrations of one robot")
+    parser.add_argument("--robot", required=True, metavar="NAME", help="whose demonstrations they are")
+    parser.add_argument("--robots-file", action="append", default=[], metavar="FILE", help="robots of yours; may be repeated")
+    parser.add_argument("--stats", required=True, metavar="FILE.json", help="what blm data stats wrote: it knows the good episodes")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the intents; what a run before has begun is gone on with")
+    parser.add_argument(
+        "--form", choices=("bfloat16", "float32", "int8"), default="bfloat16", help="of a number; int8 has a scale a token (bfloat16)"
+    )
+    parser.add_argument("--instruction-tokens", type=_at_least_one, default=64, metavar="N", help="of the longest instruction (64)")
+    parser.add_argument("--frames-per-shard", type=_at_least_one, default=1024, metavar="N", help="of a file (1024)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that open pictures (0: threads)")
+    changes = parser.add_argument_group("augmentation", "as training must ask for it")
+    changes.add_argument("--versions", type=_at_least_one, default=1, metavar="N", help="of each episode, changed differently (1)")
+    changes.add_argument("--seed", type=int, default=0, metavar="S", help="of the changes (0)")
+    changes.add_argument("--crop", type=_share, default=0.0, metavar="SHARE", help="the most that is cut of each side (0)")
+    for name in ("brightness", "contrast", "saturation"):
+        changes.add_argument(f"--{name}", type=_share, default=0.0, metavar="SHARE", help="the most by which it is changed (0)")
+    before = parser.add_argument_group("before it starts")
+    before.add_argument("--dry-run", action="store_true", help="say how large they become, and whether they are worth it; make nothing")
+    before.add_argument("--chip", metavar="NAME", help="what will train, such as H200 or 'TPU v5e' (what is here)")
+    before.add_argument("--chips", type=_at_least_one, default=1, metavar="N", help="that one disk feeds (1)")
+    before.add_argument("--read-rate", type=_size, metavar="SIZE", help="what the disk gives a second, such as 2GB (measured)")
+    _add_hardware(parser)
+
+
 def _share(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
     share = float(found[1]) / (100 if found[2] else 1) if found else -1.0
@@ -371,7 +453,7 @@ def _share(text: str) -> float:
 
 def _numbers(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of records: write 0,5,17")
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers: write 0,5,17")
     return [int(part) for part in text.split(",")]
 
 

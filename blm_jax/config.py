@@ -174,6 +174,10 @@ class ObjectiveConfig:
         _check(0 <= self.ema < 1, f"objective.ema is {self.ema}: it must lie in [0, 1)")
 
 
+# Where it stands to the pictures: in a causal decoder, pictures before it cannot see it.
+Instruction = Literal["before", "after"]
+
+
 @dataclass(frozen=True)
 class PolicyConfig:
     """From hidden states of block k to chunks of actions."""
@@ -181,7 +185,7 @@ class PolicyConfig:
     robots: tuple[str, ...] = ("panda", "xarm6", "xarm7", "widowxai")  # rows of the embodiments' weights, in order
     intent_block: int = 14
     intent_width: int = 3584
-    instruction: Literal["before", "after"] = "after"  # the pictures: in a causal decoder, pictures before it cannot see it
+    instruction: Instruction = "after"
     horizon: int = 16
     bridge: BridgeConfig = BridgeConfig()
     dit: DiTConfig = DiTConfig()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from blm_jax.batch import Batch, Chunks, IntentRows, RobotRows, VisionRows
+from blm_jax.batch import Batch, Chunks, IntentRows, Moments, Prompts, RobotRows, VisionRows
 from blm_jax.config import BackboneConfig, MeshConfig
 from blm_jax.errors import RequestError
 
@@ -89,7 +89,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 jax.tree_util.register_dataclass(VisionRows, ["patches", "windows", "frames", "places"], ["groups", "levels"])
-for _rows in (Batch, IntentRows, RobotRows, Chunks):
+for _rows in (Batch, IntentRows, RobotRows, Chunks, Prompts, Moments):
     jax.tree_util.register_dataclass(_rows, [field.name for field in fields(_rows)], [])
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from blm_jax import counts
 from blm_jax.config import ComputeConfig
 from blm_jax.errors import RequestError, RunError
 from blm_jax.models.mllm import abstract_params
@@ -49,11 +50,6 @@ def harness(backbone: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def counts(backbone: Any) -> Any:
-    return importlib.import_module("_counts")
-
-
-@pytest.fixture(scope="module")
 def sides(backbone: Any) -> Any:
     return importlib.import_module("_sides")
 
@@ -68,7 +64,7 @@ def quick(harness: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_decoder_operations_by_hand(backbone: Any, counts: Any) -> None:
+def test_decoder_operations_by_hand(backbone: Any) -> None:
     config = backbone.config_of("tiny").decoder
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96
     assert counts.layer_weights(config) == layer == 30720
@@ -77,7 +73,7 @@ def test_decoder_operations_by_hand(backbone: Any, counts: Any) -> None:
     assert counts.decoder_operations(config, 2, 3, 2) == 2 * one_row
 
 
-def test_vision_operations_by_hand(backbone: Any, counts: Any) -> None:
+def test_vision_operations_by_hand(backbone: Any) -> None:
     """10x8 patches are a full window of 8x8 and one of 2x8; one layer of two attends to all."""
     config = backbone.config_of("tiny").vision
     products = 2 * 80 * (1176 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 44))
@@ -87,30 +83,30 @@ def test_vision_operations_by_hand(backbone: Any, counts: Any) -> None:
     assert counts.vision_operations(config, [(10, 8), (10, 8)]) == 2 * 11_042_816
 
 
-def test_decode_bytes_by_hand(backbone: Any, counts: Any) -> None:
+def test_decode_bytes_by_hand(backbone: Any) -> None:
     config = backbone.config_of("tiny").decoder
     assert counts.decode_bytes(config, rows=2, context=10, itemsize=2) == 2 * (2 * 30720 + 64 * 320 + 2 * 2 * 10 * 2 * 32)
 
 
 @pytest.mark.parametrize(("size", "published"), [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
-def test_parameters(backbone: Any, counts: Any, size: str, published: int) -> None:
+def test_parameters(backbone: Any, size: str, published: int) -> None:
     config = backbone.config_of(size)
     assert counts.parameters(config) == published
     assert counts.parameters(config) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def test_default_size_is_about_100_m(backbone: Any, counts: Any) -> None:
+def test_default_size_is_about_100_m(backbone: Any) -> None:
     assert counts.parameters(backbone.config_of("100m")) == pytest.approx(110e6, rel=0.1)
 
 
-def test_chips(counts: Any) -> None:
+def test_chips() -> None:
     assert counts.chip_of("NVIDIA H200") == (989, 4800)
-    assert counts.chip_of("TPU v5 lite").tflops == 197
-    assert counts.chip_of("TPU v5").tflops == counts.chip_of("TPU v5p").tflops == 459
+    assert counts.chip_of("TPU v5 lite") == counts.CHIPS["TPU v5e"] == (197, 819)
+    assert counts.chip_of("TPU v5") == counts.chip_of("TPU v5p") == (459, 2765)
     assert counts.chip_of("cpu") is None
 
 
-def test_training_and_decoding_count_every_token(backbone: Any, counts: Any, sides: Any) -> None:
+def test_training_and_decoding_count_every_token(backbone: Any, sides: Any) -> None:
     config = backbone.config_of("tiny")
     work, unit = backbone.work_of(sides.Phase("train", 2, 6), config, 4)
     assert (work, unit) == (3 * counts.decoder_operations(config.decoder, 2, 6, 12), "TFLOP/s")
@@ -118,7 +114,7 @@ def test_training_and_decoding_count_every_token(backbone: Any, counts: Any, sid
     assert (work, unit) == (sum(counts.decode_bytes(config.decoder, 3, context, 2) for context in (11, 12)), "TB/s")
 
 
-def test_summary_takes_the_fastest_peer(backbone: Any, counts: Any, sides: Any) -> None:
+def test_summary_takes_the_fastest_peer(backbone: Any, sides: Any) -> None:
     config, phase = backbone.config_of("tiny"), sides.Phase("prefill", 2, 5)
     seconds = {"blm_jax": [2.0, 1.0, 3.0], "fast": [4.0, 3.0, 3.0], "slow": [9.0, 2.0, 9.0]}
     row = backbone.summary(phase, config, 4, seconds, counts.Chip(1e-6, 1.0))
@@ -243,7 +239,7 @@ def test_no_acting_is_timed_when_actions_differ(acting: Any, quick: None, monkey
         acting.side_by_side(acting.sizes_of("tiny"), acting.cases_of("tiny"), 1, (False,))
 
 
-def test_acting_is_counted_as_the_compiler_does(acting: Any, counts: Any) -> None:
+def test_acting_is_counted_as_the_compiler_does(acting: Any) -> None:
     """Of one robot's policy whose every loop goes round once; counted are products alone, on both sides."""
     config = acting.sizes_of("tiny").policy
     config = replace(config, robots=("panda",))
@@ -264,7 +260,7 @@ def test_acting_is_counted_as_the_compiler_does(acting: Any, counts: Any) -> Non
     assert found == counts.step_operations(config, rows * samples)
 
 
-def test_weights_of_acting_are_all_of_the_policys(acting: Any, counts: Any) -> None:
+def test_weights_of_acting_are_all_of_the_policys(acting: Any) -> None:
     """Kernels, without the future's head and the keys and values that a step finds ready, which are the bridge's to make."""
     config = replace(acting.sizes_of("tiny").policy, robots=("panda",))
     params = abstract_policy(config)

@@ -85,7 +85,7 @@ class Demonstrations:
 
     def window(self, index: int) -> Window:
         number, step = self.locate(index)
-        return self._read(number, lambda: self._window(number, step))
+        return self._read(number, lambda: read_window(self.source, self.robot, number, step, self.future))
 
     def _read(self, number: int, read: Callable[[], Found]) -> Found:
         try:
@@ -93,32 +93,31 @@ class Demonstrations:
         except BadEpisode as error:
             raise RunError(f"{self.source.path}, episode {number}: {error}") from error
 
-    def _window(self, number: int, step: int) -> Window:
-        episode, horizon = read_episode(self.source, self.robot, number), self.robot.horizon
-        count = min(horizon, len(episode.action) - step)
-        actions = np.zeros((horizon, len(self.robot.action)), np.float32)
-        actions[:count] = episode.action[step : step + count]
-        has_future = step + horizon < len(episode.state)
-        images, future = {}, {}
-        for camera in self.robot.cameras:
-            ahead = camera.name in self.future
-            steps = [step, step + horizon] if ahead and has_future else [step]
-            pictures = read_pictures(self.source, self.robot, number, camera.name, steps)
-            images[camera.name] = pictures[0]
-            if ahead:
-                future[camera.name] = pictures[1] if has_future else np.zeros_like(pictures[0])
-        observation = Observation(episode.state[step].astype(np.float32), images, episode.instructions[step])
-        return Window(self.robot.name, number, step, observation, actions, np.arange(horizon) < count, future, has_future)
+
+def read_window(source: Source, robot: Robot, number: int, step: int, future: Sequence[str] = ()) -> Window:
+    """The window that begins at a step of an episode. Raises BadEpisode."""
+    episode, horizon = read_episode(source, robot, number), robot.horizon
+    count = min(horizon, len(episode.action) - step)
+    actions = np.zeros((horizon, len(robot.action)), np.float32)
+    actions[:count] = episode.action[step : step + count]
+    has_future = step + horizon < len(episode.state)
+    images, ahead = {}, {}
+    for camera in robot.cameras:
+        wanted = camera.name in future
+        steps = [step, step + horizon] if wanted and has_future else [step]
+        pictures = read_pictures(source, robot, number, camera.name, steps)
+        images[camera.name] = pictures[0]
+        if wanted:
+            ahead[camera.name] = pictures[1] if has_future else np.zeros_like(pictures[0])
+    observation = Observation(episode.state[step].astype(np.float32), images, episode.instructions[step])
+    return Window(robot.name, number, step, observation, actions, np.arange(horizon) < count, ahead, has_future)
 
 
 def open_demonstrations(path: epath.PathLike, robot: Robot, survey: Survey, future: Sequence[str] = ()) -> Demonstrations:
     """A set that was surveyed as this robot. `future` names cameras whose pictures `horizon` steps later are wanted too."""
     source = open_set(path)
     check_layout(source, robot)
-    found = next((one for one in survey.sets if one.identity == source.identity), None)
-    if found is None:
-        raise RequestError(f"{path} was changed after the statistics of {robot.name} were made, or is none of their sets: make them anew")
-    return Demonstrations(source, robot, np.array(found.actions), future)
+    return Demonstrations(source, robot, np.array(survey.of(source).actions), future)
 
 
 def training_rows(

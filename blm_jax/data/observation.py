@@ -24,10 +24,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from blm_jax.config import BackboneConfig
+from blm_jax.batch import Prompts
+from blm_jax.config import BackboneConfig, Instruction
 from blm_jax.configfile import suggest
+from blm_jax.data.collate import collate
 from blm_jax.data.files import one_line, open_path, write_whole
-from blm_jax.data.prompt import Example
+from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.data.robots import Camera, Dimension, Robot, clip
 from blm_jax.errors import RequestError, RunError
 
@@ -276,6 +278,23 @@ def messages_for(observation: Observation, robot: Robot, instruction_first: bool
     pictures = [{"type": "image", "image": images[camera.name]} for camera in robot.cameras]
     text = [{"type": "text", "text": observation.instruction}]
     return [{"role": "user", "content": text + pictures if instruction_first else pictures + text}]
+
+
+def encode(observation: Observation, robot: Robot, engine: PromptEngine, instruction: Instruction) -> Example:
+    """What the backbone reads of an observation: the user's turn, and the start of an answer that is never written."""
+    return engine.encode(messages_for(observation, robot, instruction == "before"), add_generation_prompt=True)
+
+
+def prompts_of(examples: Sequence[Example | None], config: BackboneConfig, length: int, **layout: Any) -> Prompts:
+    """An observation a row, or nothing; `layout` says how pictures are laid out, see `collate`."""
+    batch = collate([[] if example is None else [example] for example in examples], config, length=length, **layout)
+    mask = np.zeros((len(examples), length), bool)
+    places = np.zeros((len(examples), length, 4), np.int32)
+    for i, example in enumerate(examples):
+        if example is not None:
+            n = len(example.tokens)
+            mask[i, :n], places[i, :n] = intent_tokens(example, config)
+    return Prompts(batch, mask, places)
 
 
 def intent_tokens(example: Example, config: BackboneConfig) -> tuple[np.ndarray, np.ndarray]:

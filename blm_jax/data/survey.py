@@ -55,6 +55,14 @@ class Survey:
     def windows(self) -> int:
         return sum(sum(one.actions) for one in self.sets)
 
+    def of(self, source: Source) -> Surveyed:
+        """Of one of its sets, wherever that lies now."""
+        found = next((one for one in self.sets if one.identity == source.identity), None)
+        if found is None:
+            whose = f"the statistics of {self.statistics.robot}"
+            raise RequestError(f"{source.path} was changed after {whose} were made, or is none of their sets: make them anew")
+        return found
+
 
 def survey(paths: Sequence[epath.PathLike], robot: Robot, scheme: Scheme = "quantile", workers: int = 0) -> Survey:
     """Read all sets as this robot. `workers` are processes; 0 reads in this one."""

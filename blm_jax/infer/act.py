@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blm_jax import mesh as meshes
-from blm_jax.batch import Batch, IntentRows, RobotRows
+from blm_jax.batch import IntentRows, Prompts, RobotRows
 from blm_jax.config import ComputeConfig, PolicyConfig
-from blm_jax.data.collate import collate
-from blm_jax.data.observation import Observation, check, check_last, check_state, intent_tokens, messages_for
-from blm_jax.data.prompt import Example, PromptEngine
+from blm_jax.data.observation import Observation, check, check_last, check_state, encode, prompts_of
+from blm_jax.data.prompt import PromptEngine
 from blm_jax.data.robots import Robot, action_mask, pad, state_mask
 from blm_jax.data.statistics import decode_actions, encode_actions, encode_state
 from blm_jax.errors import RequestError
@@ -37,12 +36,6 @@ class Intent:
 
     robots: tuple[str, ...]  # whose, one an observation
     rows: IntentRows  # of these observations, then of none, to as many as the mesh divides
-
-
-class Prompts(NamedTuple):
-    batch: Batch
-    mask: jax.Array  # [rows, tokens] bool: which tokens are intent
-    places: jax.Array  # [rows, tokens, 4]: where each was seen
 
 
 class Actor:
@@ -113,22 +106,13 @@ class Actor:
             raise RequestError(f"there are {len(observations)} observations of {len(robots)} robots: give as many, at least one")
         return [self.files.find(name) for name in robots]
 
-    def _encode(self, observation: Observation, robot: Robot) -> Example:
-        first = self.policy.config.instruction == "before"
-        return self.engine.encode(messages_for(observation, robot, first), add_generation_prompt=True)
-
     def _prompts(self, observations: Sequence[Observation], robots: Sequence[Robot]) -> Prompts:
-        examples = [self._encode(observation, robot) for observation, robot in zip(observations, robots, strict=True)]
+        instruction = self.policy.config.instruction
+        examples = [encode(one, robot, self.engine, instruction) for one, robot in zip(observations, robots, strict=True)]
         shards = meshes.batch_shards(self.mesh)
-        rows = [[example] for example in examples] + [[] for _ in range(-len(examples) % shards)]
         length = bucket(max(len(example.tokens) for example in examples))
-        batch = collate(rows, self.engine.config, length=length, row_multiple=shards)
-        mask = np.zeros((len(rows), length), bool)
-        places = np.zeros((len(rows), length, 4), np.int32)
-        for i, example in enumerate(examples):
-            n = len(example.tokens)
-            mask[i, :n], places[i, :n] = intent_tokens(example, self.engine.config)
-        return meshes.put(Prompts(batch, mask, places), self.mesh)  # pyright: ignore[reportArgumentType]
+        rows = [*examples, *[None] * (-len(examples) % shards)]
+        return meshes.put(prompts_of(rows, self.engine.config, length, row_multiple=shards), self.mesh)
 
     def _robots(self, states: Sequence[np.ndarray], robots: Sequence[Robot], rows: int) -> RobotRows:
         config = self.policy.config
@@ -164,15 +148,19 @@ class Actor:
 def load_actor(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None, engine: PromptEngine | None = None) -> Actor:
     """The policy of a MODEL and the first k blocks of its backbone: nothing above them is read."""
     compute = compute or ComputeConfig()
-    files, config = read_policy(path), read_config(path)
-    check_backbone(files.config, config)
-    decoder = replace(config.decoder, layers=files.config.intent_block, tied=True)  # tied: no head to read
-    below = replace(config, decoder=decoder)
+    files, engine = read_policy(path), engine or open_engine(path)
+    backbone = load_below(path, files.config, mesh, compute)
+    return Actor(backbone, load_policy(path, files, mesh, compute), files, engine, mesh)
+
+
+def load_below(path: str, policy: PolicyConfig, mesh: Mesh | None, compute: ComputeConfig) -> Mllm:
+    """Of a MODEL's backbone, the blocks that make the intent."""
+    config = read_config(path)
+    check_backbone(policy, config)
+    below = replace(config, decoder=replace(config.decoder, layers=policy.intent_block, tied=True))  # tied: no head to read
     if mesh is not None:
         meshes.check(below, mesh)
-    engine = engine or open_engine(path)
-    params = load_params(path, abstract_params(below, jnp.dtype(compute.dtype), mesh))
-    return Actor(with_params(below, compute, params), load_policy(path, files, mesh, compute), files, engine, mesh)
+    return with_params(below, compute, load_params(path, abstract_params(below, jnp.dtype(compute.dtype), mesh)))
 
 
 def load_policy(path: str, files: PolicyFiles, mesh: Mesh | None, compute: ComputeConfig) -> Policy:
@@ -182,8 +170,7 @@ def load_policy(path: str, files: PolicyFiles, mesh: Mesh | None, compute: Compu
 
 @partial(jax.jit, static_argnames="blocks")
 def look(backbone: Mllm, prompts: Prompts, blocks: int) -> IntentRows:
-    hidden = meshes.constrain(backbone.hidden(prompts.batch, blocks), ("batch", "length", "width"))
-    return IntentRows(hidden, prompts.mask, prompts.places)
+    return backbone.intent(prompts, blocks)
 
 
 @partial(jax.jit, static_argnames=("samples", "steps"))
@@ -209,7 +196,7 @@ def act(
     steps: int,
 ) -> jax.Array:
     """Both in one program."""
-    intent = look(backbone, prompts, policy.config.intent_block)
+    intent = backbone.intent(prompts, policy.config.intent_block)
     return denoise(policy, intent, robots, seed, committed, samples=samples, steps=steps)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from blm_jax.batch import Batch
+from blm_jax.batch import Batch, IntentRows, Prompts
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.mesh import constrain
 from blm_jax.models.decoder import ACTIVATIONS, Cache, Decoder
@@ -37,6 +37,10 @@ class Mllm(nnx.Module):
     def hidden(self, batch: Batch, blocks: int | None = None) -> jax.Array:
         """Hidden states after `blocks` blocks (all by default), before the final norm."""
         return self.decoder.hidden(self.embed(batch), batch.positions, batch.segments, blocks)
+
+    def intent(self, prompts: Prompts, blocks: int) -> IntentRows:
+        hidden = constrain(self.hidden(prompts.batch, blocks), ("batch", "length", "width"))
+        return IntentRows(hidden, prompts.mask, prompts.places)
 
     def __call__(self, batch: Batch) -> jax.Array:
         """-> logits [rows, length, vocab], float32."""

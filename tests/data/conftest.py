@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,22 @@ from blm_jax.config import BackboneConfig, DecoderConfig, VisionConfig
 from blm_jax.data.chat import Tokenizer, load_tokenizer
 from blm_jax.data.pixels import PixelConfig, read_pixel_config
 from blm_jax.data.prompt import PromptEngine
+from blm_jax.weights.config_json import to_json
+from tests.data.corpora import CONFIG
 from tests.qwen_files import write_tokenizer_files
 
 
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer_files(tmp_path_factory.mktemp("qwen"), max_pixels=28 * 28 * 64)
+
+
+@pytest.fixture(scope="session")
+def model(model_files: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A MODEL without weights: nothing that asks for this one reads any."""
+    directory = Path(shutil.copytree(model_files, tmp_path_factory.mktemp("model") / "qwen"))
+    (directory / "config.json").write_text(json.dumps(to_json(CONFIG, "float32")))
+    return str(directory)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from PIL import Image
 
 from blm_jax.data.chat import Tokenizer
 from blm_jax.data.conversations import read_record
-from blm_jax.data.inspect import stretches
 from blm_jax.data.prompt import PromptEngine
+from blm_jax.data.prompt_view import stretches
 from blm_jax.errors import RequestError
 from tests.data import reference
 from tests.data.corpora import asked, pixels

@@ -314,7 +314,7 @@ MINE = Robot(
 
 
 def test_a_robot_and_a_folder_of_my_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No code is edited: a set whose angles are in degrees, a file that describes the robot, the command, windows."""
+    """No code is edited: a set whose angles are in degrees, a file that describes the robot; inspect, stats, windows."""
     degrees = replace(MINE, state=tuple(replace(one, low=-180, high=180) for one in MINE.state), columns=Columns())
     degrees = replace(degrees, action=degrees.state)
     recordings = write(tmp_path / "cellar", degrees, [20, 25], "lerobot")
@@ -322,6 +322,14 @@ def test_a_robot_and_a_folder_of_my_own(tmp_path: Path, capsys: pytest.CaptureFi
     entry = replace(MINE, columns=Columns(state=scaled[:1], action=scaled[1:]))
     (tmp_path / "robots.yaml").write_text(render({entry.name: entry}))
     options = ["--robot", "cellar_arm", "--robots-file", str(tmp_path / "robots.yaml"), "--out", str(tmp_path / "cellar.json")]
+    assert main(["data", "inspect", str(tmp_path / "cellar"), *options[:4], "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["bad"] == [] and [episode["steps"] for episode in said["shown"]] == [20, 25]
+    found = said["shown"][1]["action"]["axis3"]
+    values = np.deg2rad(recordings[1].action[:, 3].astype(np.float64))
+    np.testing.assert_allclose([found["min"], found["max"]], [values.min(), values.max()])
+    assert (found["unit"], found["limits"], found["beyond"]) == ("rad", [-3.2, 3.2], False)
+
     assert main(["data", "stats", str(tmp_path / "cellar"), *options, "--json"]) == 0
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (said["episodes"], said["windows"], said["bad"], said["outliers"]) == (2, 45, [], [])
@@ -361,14 +369,19 @@ class Block:
 
 sys.meta_path.insert(0, Block())
 
+from blm_jax.data.command import show_demonstrations
 from blm_jax.data.demonstrations import open_demonstrations
+from blm_jax.data.robots import render
 from blm_jax.data.survey import survey
 from tests.data.recordings import ARM, write
 from pathlib import Path
 
+robots = Path(sys.argv[1]) / "robots.yaml"
+robots.write_text(render({ARM.name: ARM}))
 for form in ("rlds", "lerobot"):
     path = Path(sys.argv[1]) / form
     write(path, ARM, [6], form)
+    show_demonstrations(str(path), ARM.name, robots_files=[str(robots)], out=sys.argv[1] + "/page")
     print(open_demonstrations(path, ARM, survey([path], ARM), ("front",)).window(5).mask.sum())
 assert "tensorflow" not in sys.modules  # epath asks whether it is there, which a block would answer with an error
 """

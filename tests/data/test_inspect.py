@@ -19,14 +19,15 @@ from PIL import Image
 from blm_jax import cli
 from blm_jax.data import command
 from blm_jax.data.corpus import open_corpus
-from blm_jax.data.inspect import frames_of, histogram, look, printable, spread
+from blm_jax.data.inspect_corpus import look
+from blm_jax.data.page import histogram, printable, spread
 from blm_jax.data.pictures import prepare_picture
 from blm_jax.data.pixels import PixelConfig, VideoConfig
 from blm_jax.data.prompt import PromptEngine
+from blm_jax.data.prompt_view import frames_of
 from blm_jax.data.video import prepare_video
 from blm_jax.errors import RequestError
-from blm_jax.weights.config_json import to_json
-from tests.data.corpora import CONFIG, asked, mp4, open_engine, pixels, png, write_lines
+from tests.data.corpora import asked, mp4, open_engine, pixels, png, write_lines
 
 HOSTILE = "<script>alert(1)</script> \x1b[31m \u202e & </div>"
 
@@ -68,13 +69,13 @@ def test_what_is_learned_is_shown(corpus: str, own_engine: PromptEngine) -> None
 
 
 def test_the_text(corpus: str, own_engine: PromptEngine) -> None:
-    result = command.inspect(corpus, own_engine, count=5)
+    result = command.show_corpus(corpus, own_engine, count=5)
     assert [record["record"] for record in result["shown"]] == [0, 1, 2]
     assert result["text"].startswith(f"{corpus}: 3 records of 4, 1 bad (see {corpus}/report.jsonl)\n\ntokens a record: half have up to ")
     assert "2 of 3 records have pictures" in result["text"]
     assert re.search(r"\[picture 1: video of 4 frames of \d+x\d+, 0.8 s, \d+ tokens\]", result["text"])
     assert not any(ord(letter) < 32 and letter != "\n" for letter in result["text"])
-    one = command.inspect(corpus, own_engine, records=[2])
+    one = command.show_corpus(corpus, own_engine, records=[2])
     assert [record["where"] for record in one["shown"]] == ["records.jsonl:3"] and one["shown"][0]["pictures"] == []
 
 
@@ -101,7 +102,7 @@ class Page(HTMLParser):
 
 
 def test_the_page(corpus: str, own_engine: PromptEngine, tmp_path: Path) -> None:
-    result = command.inspect(corpus, own_engine, out=str(tmp_path / "page"))
+    result = command.show_corpus(corpus, own_engine, out=str(tmp_path / "page"))
     assert [path.name for path in (tmp_path / "page").iterdir()] == ["index.html"] and result["page"].endswith("page/index.html")
     page = Page((tmp_path / "page" / "index.html").read_text())
     names = [tag for tag, _ in page.tags]
@@ -117,10 +118,10 @@ def test_the_page(corpus: str, own_engine: PromptEngine, tmp_path: Path) -> None
         np.asarray(shown), np.asarray(Image.fromarray(pixels(70, 100)).resize((112, 56), Image.Resampling.BICUBIC))
     )
     # Written again it is written over; what is not its own, never.
-    command.inspect(corpus, own_engine, out=str(tmp_path / "page"))
+    command.show_corpus(corpus, own_engine, out=str(tmp_path / "page"))
     (tmp_path / "page" / "index.html").write_text("<title>My home page</title>")
     with pytest.raises(RequestError, match="is there and not of this command"):
-        command.inspect(corpus, own_engine, out=str(tmp_path / "page"))
+        command.show_corpus(corpus, own_engine, out=str(tmp_path / "page"))
 
 
 @given(st.integers(28, 150), st.integers(28, 150), st.integers(0, 9))
@@ -154,13 +155,6 @@ def test_small_things() -> None:
 # --- the command line ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(model_files: Path) -> str:
-    """A MODEL without weights: nothing here asks for them."""
-    (model_files / "config.json").write_text(json.dumps(to_json(CONFIG, "float32")))
-    return str(model_files)
-
-
 def test_from_the_command_line(source: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, arguments = str(tmp_path / "corpus"), ["--model", model]
     prepare = ["data", "prepare", str(source), *arguments, "--out", out, "--workers", "1"]
@@ -181,6 +175,11 @@ def test_from_the_command_line(source: Path, model: str, tmp_path: Path, capsys:
     assert [record["record"] for record in json.loads(capsys.readouterr().out)["shown"]] == [0]
 
 
+def test_a_corpus_needs_a_model(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "inspect", corpus]) == 2
+    assert capsys.readouterr().err == f"blm: error: {corpus} is shown as a model reads it: say of which with --model\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -189,10 +188,14 @@ def test_from_the_command_line(source: Path, model: str, tmp_path: Path, capsys:
         (["prepare", "{source}", "--max-bad", "101%"], "is no share"),
         (["prepare", "{source}", "--workers", "0"], "--workers"),
         (["prepare", "{source}", "--root", "nowhere"], "nowhere does not exist"),
-        (["inspect", "{corpus}", "--records", "1,x"], "are no numbers of records: write 0,5,17"),
+        (["inspect", "{corpus}", "--records", "1,x"], "are no numbers: write 0,5,17"),
         (["inspect", "{corpus}", "--records", "0,7"], "has the records 0 to 2, and no 7"),
         (["inspect", "{corpus}", "--records", "0", "--count", "2"], "not allowed with argument"),
-        (["inspect", "nowhere"], "nowhere is no corpus, as `blm data prepare` writes them"),
+        (["inspect", "{corpus}", "--robot", "panda"], "is a corpus of conversations: --robot is not for it"),
+        (["inspect", "{corpus}", "--robots-file", "x"], "is a corpus of conversations: --robots-file is not for it"),
+        (["inspect", "{corpus}", "--episodes", "0"], "is a corpus of conversations: --episodes is not for it"),
+        (["inspect", "{corpus}", "--stats", "x.json"], "is a corpus of conversations: --stats is not for it"),
+        (["inspect", "nowhere"], "nowhere is no directory: name a corpus, as `blm data prepare` writes them, or a set of demonstrations"),
         (["prepares"], "invalid choice"),
     ],
 )

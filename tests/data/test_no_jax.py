@@ -63,7 +63,7 @@ engine = open_engine(model)
 corpora = []
 for number, source in enumerate(sources):
     command.prepare(source, lambda: engine, f"{out}/{number}", workers=0)
-    command.inspect(f"{out}/{number}", engine, out=f"{out}/page{number}")
+    command.show_corpus(f"{out}/{number}", engine, out=f"{out}/page{number}")
     corpora.append(open_corpus(f"{out}/{number}"))
 mixture = Mixture([corpus.in_mixture(str(number)) for number, corpus in enumerate(corpora)])
 drawn = mixture.draws(0, 0)

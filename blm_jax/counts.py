@@ -164,3 +164,18 @@ def step_operations(config: PolicyConfig, rows: int) -> int:
 def _time_weights(config: PolicyConfig) -> int:
     width = config.dit.width
     return (config.dit.time_features + width) * width + (config.dit.layers + 1) * 2 * width**2
+
+
+# --- Stage II ------------------------------------------------------------------------------------------------------------
+
+
+def intent_operations(backbone: BackboneConfig, policy: PolicyConfig, sizes: Sequence[Size], length: int) -> int:
+    """Of one observation of `length` tokens, `sizes` its pictures, up to block k."""
+    decoder = replace(backbone.decoder, layers=policy.intent_block)
+    return vision_operations(backbone.vision, sizes) + decoder_operations(decoder, 1, length, 0)
+
+
+def learning_operations(policy: PolicyConfig, tokens: int) -> int:
+    """Of one moment of `tokens` of intent: forward and backward, and the slow bridge's look at the future."""
+    bridge = bridge_operations(policy, 1, tokens)
+    return 3 * (bridge + policy.objective.draws * step_operations(policy, 1)) + bridge
