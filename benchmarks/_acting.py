@@ -18,9 +18,9 @@ from _sides import Phase, Transformers, examples_of, timed
 from blm_jax.batch import Prompts, RobotRows
 from blm_jax.config import BackboneConfig, ComputeConfig, Dtype, PolicyConfig
 from blm_jax.convert.twin.blm_policy import BLMPolicy, Committed, Intent
-from blm_jax.data.observation import prompts_of
+from blm_jax.data.demos.observation import prompts_of
+from blm_jax.data.demos.robots import action_mask, find_robot, load_robots, state_mask
 from blm_jax.data.prompt import Example
-from blm_jax.data.robots import action_mask, find_robot, load_robots, state_mask
 from blm_jax.infer.act import act, denoise, look, noise_of
 from blm_jax.models import objective
 from blm_jax.models.mllm import random_params, with_params

@@ -17,9 +17,9 @@ from _harness import Run
 from blm_jax.batch import Batch, VisionRows
 from blm_jax.config import BackboneConfig, ComputeConfig, Dtype, SamplingConfig
 from blm_jax.data.collate import collate
-from blm_jax.data.pictures import Picture
 from blm_jax.data.positions import Grid, rope_positions
 from blm_jax.data.prompt import Example
+from blm_jax.data.vision.pictures import Picture
 from blm_jax.infer.generate import Generator
 from blm_jax.infer.session import for_serving
 from blm_jax.models.mllm import Mllm, random_params, with_params

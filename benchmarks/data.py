@@ -31,10 +31,10 @@ from PIL import Image
 from blm_jax.config import BackboneConfig, DecoderConfig, VisionConfig
 from blm_jax.data import command
 from blm_jax.data.chat import load_tokenizer
+from blm_jax.data.corpora.packed import PackedRows, open_packed
 from blm_jax.data.loader import Loader
-from blm_jax.data.packed import PackedRows, open_packed
-from blm_jax.data.pixels import PixelConfig, fit_size, read_pixel_config
 from blm_jax.data.prompt import PromptEngine
+from blm_jax.data.vision.pixels import PixelConfig, fit_size, read_pixel_config
 from blm_jax.errors import RequestError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
 def write_corpus(folder: Path, paths: list[Path]) -> tuple[str, str]:
     """A model's files and a corpus of one question a picture."""
     sys.path.insert(0, str(ROOT))
-    from tests.data.corpora import asked, write_lines
+    from tests.data.corpora.material import asked, write_lines
     from tests.qwen_files import write_tokenizer_files
 
     model = str(write_tokenizer_files(folder / "model", max_pixels=PixelConfig().max_pixels))

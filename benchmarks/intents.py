@@ -29,18 +29,18 @@ from _harness import Result, Run, check, progress
 
 from blm_jax.batch import Moments
 from blm_jax.config import BackboneConfig, ComputeConfig, Dtype, TokenConfig
-from blm_jax.data import intents as store
 from blm_jax.data.chat import load_tokenizer
-from blm_jax.data.demonstrations import Demonstrations, open_demonstrations
-from blm_jax.data.episodes import Recording
-from blm_jax.data.intents import Intents, Plan, open_intents
+from blm_jax.data.demos import intents as store
+from blm_jax.data.demos.demonstrations import Demonstrations, open_demonstrations
+from blm_jax.data.demos.episodes import Recording
+from blm_jax.data.demos.intents import Intents, Plan, open_intents
+from blm_jax.data.demos.moments import Augmentation, FrameRows, MomentRows, Prompter, key_of, open_moments, used_frames
+from blm_jax.data.demos.recorder import Recorder
+from blm_jax.data.demos.robots import Camera, Robot, find_robot, load_robots
+from blm_jax.data.demos.survey import survey
 from blm_jax.data.loader import Loader
-from blm_jax.data.moments import Augmentation, FrameRows, MomentRows, Prompter, key_of, open_moments, used_frames
-from blm_jax.data.pixels import read_pixel_config
 from blm_jax.data.prompt import PromptEngine
-from blm_jax.data.recorder import Recorder
-from blm_jax.data.robots import Camera, Robot, find_robot, load_robots
-from blm_jax.data.survey import survey
+from blm_jax.data.vision.pixels import read_pixel_config
 from blm_jax.errors import RequestError
 
 if TYPE_CHECKING:  # jax is imported once the threads are pinned

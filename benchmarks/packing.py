@@ -2,8 +2,8 @@
 
     blm bench packing [--records N] [--save]
 
-The records' lengths are drawn from tests/data/lengths.npy, whose contents tests/data/lengths.py describes. The plan is made in a
-process of its own, bound to one core. Bounds: 60 s and 1 GB for 10 M records, 1 ms a sequence, 97 % of one budget and 90 % of the
+The records' lengths are drawn from tests/data/corpora/lengths.npy, whose contents lengths.py beside it describes. The plan is made in
+a process of its own, bound to one core. Bounds: 60 s and 1 GB for 10 M records, 1 ms a sequence, 97 % of one budget and 90 % of the
 other, and parts of a batch that differ by 10 % from their mean at most.
 """
 
@@ -26,14 +26,14 @@ import _harness
 import numpy as np
 
 from blm_jax.config import VisionConfig
-from blm_jax.data.budget import Budget, row_budget
+from blm_jax.data.corpora.budget import Budget, row_budget
+from blm_jax.data.corpora.packing import POOL, balanced, first_fit, longest_first, propose_row_length
+from blm_jax.data.corpora.plan import Plan, Sequences, stored_plan
 from blm_jax.data.mixture import Corpus, Mixture
-from blm_jax.data.packing import POOL, balanced, first_fit, longest_first, propose_row_length
-from blm_jax.data.plan import Plan, Sequences, stored_plan
 from blm_jax.errors import RequestError, RunError
 
 HERE = Path(__file__).parent
-LENGTHS = HERE.parent / "tests" / "data" / "lengths.npy"
+LENGTHS = HERE.parent / "tests" / "data" / "corpora" / "lengths.npy"
 TOWER = VisionConfig(layers=32, width=1280, heads=16, ffn=3420, out_width=3584, full_attention_layers=(7, 15, 23, 31))
 LENGTH = 4096  # tokens of a sequence
 BATCHES = (64, 256, 1024)

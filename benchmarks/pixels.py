@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 from blm_jax.data.files import one_line
-from blm_jax.data.pictures import Picture, prepare_picture
-from blm_jax.data.pixels import PixelConfig
-from blm_jax.data.video import prepare_video
+from blm_jax.data.vision.pictures import Picture, prepare_picture
+from blm_jax.data.vision.pixels import PixelConfig
+from blm_jax.data.vision.video import prepare_video
 from blm_jax.errors import RequestError
 
 RESULT = Path(__file__).parent / "results" / "pixels.json"

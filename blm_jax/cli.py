@@ -268,7 +268,7 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], what: str) -> None:
 
 
 def _data_stats(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.data import survey
+    from blm_jax.data.demos import survey
 
     result = survey.stats(args.sets, args.robot, args.robots_file, args.scheme, args.workers, args.out)
     if not args.json:
@@ -277,8 +277,8 @@ def _data_stats(args: argparse.Namespace, process: int) -> Result:
 
 
 def _data_features(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.data.augment import AugmentConfig
-    from blm_jax.data.moments import Augmentation
+    from blm_jax.data.demos.moments import Augmentation
+    from blm_jax.data.vision.augment import AugmentConfig
     from blm_jax.infer import features
 
     changes = AugmentConfig(crop=args.crop, brightness=args.brightness, contrast=args.contrast, saturation=args.saturation)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from blm_jax.config import BridgeConfig, DiTConfig, EmbodimentConfig, ObjectiveConfig, PolicyConfig
-from blm_jax.data.observation import Observation
-from blm_jax.data.robots import Robot
+from blm_jax.data.demos.observation import Observation
+from blm_jax.data.demos.robots import Robot
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.policy import write_policy
 from tests.convert.policy_dirs import make_files, make_params, make_states

@@ -9,7 +9,7 @@ import numpy as np
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig
 from blm_jax.data.prompt import Example
-from blm_jax.data.windows import Layout, Levels, fill_rows, lay_out, lay_out_groups
+from blm_jax.data.vision.windows import Layout, Levels, fill_rows, lay_out, lay_out_groups
 from blm_jax.errors import RequestError
 
 

@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from blm_jax.config import Instruction, PolicyConfig
-from blm_jax.data import episode_page, inspect_corpus, inspect_episodes, page
-from blm_jax.data.corpus import INFO, PREPARING, REPORT, open_corpus
+from blm_jax.data import page
+from blm_jax.data.corpora import inspect_corpus
+from blm_jax.data.corpora.corpus import INFO, PREPARING, REPORT, open_corpus
+from blm_jax.data.corpora.prepare import Request
+from blm_jax.data.corpora.prepare import prepare as prepare_corpus
+from blm_jax.data.corpora.sources import open_source
+from blm_jax.data.demos import episode_page, inspect_episodes
+from blm_jax.data.demos.robots import find_robot, load_robots
+from blm_jax.data.demos.sets import check_layout, open_set
+from blm_jax.data.demos.survey import read_survey
 from blm_jax.data.files import open_path
-from blm_jax.data.prepare import Request
-from blm_jax.data.prepare import prepare as prepare_corpus
 from blm_jax.data.prompt import PromptEngine
-from blm_jax.data.robots import find_robot, load_robots
-from blm_jax.data.sets import check_layout, open_set
-from blm_jax.data.sources import open_source
-from blm_jax.data.survey import read_survey
 from blm_jax.errors import RequestError
 
 

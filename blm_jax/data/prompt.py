@@ -18,10 +18,10 @@ import numpy as np
 
 from blm_jax.config import BackboneConfig
 from blm_jax.data.chat import Tokenizer
-from blm_jax.data.pictures import Picture, prepare_picture
-from blm_jax.data.pixels import PixelConfig
 from blm_jax.data.positions import rope_positions
-from blm_jax.data.video import prepare_video
+from blm_jax.data.vision.pictures import Picture, prepare_picture
+from blm_jax.data.vision.pixels import PixelConfig
+from blm_jax.data.vision.video import prepare_video
 from blm_jax.errors import RequestError
 
 Part = dict[str, Any]  # {"type": "text", "text": ...}, or {"type": "image" or "video", "source": ..., settings}

@@ -11,9 +11,9 @@ import numpy as np
 
 from blm_jax.data import page
 from blm_jax.data.page import printable
-from blm_jax.data.pictures import Picture
-from blm_jax.data.pixels import PixelConfig
 from blm_jax.data.prompt import Example, PromptEngine
+from blm_jax.data.vision.pictures import Picture
+from blm_jax.data.vision.pixels import PixelConfig
 
 BRACKETS = "\u27e6", "\u27e7"  # around what is learned, on a terminal: hardly any text has them
 MOST_FRAMES = 32  # of a video that a page shows

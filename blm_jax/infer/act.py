@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from blm_jax import mesh as meshes
 from blm_jax.batch import IntentRows, Prompts, RobotRows
 from blm_jax.config import ComputeConfig, PolicyConfig
-from blm_jax.data.observation import Observation, check, check_last, check_state, encode, prompts_of
+from blm_jax.data.demos.observation import Observation, check, check_last, check_state, encode, prompts_of
+from blm_jax.data.demos.robots import Robot, action_mask, pad, state_mask
+from blm_jax.data.demos.statistics import decode_actions, encode_actions, encode_state
 from blm_jax.data.prompt import PromptEngine
-from blm_jax.data.robots import Robot, action_mask, pad, state_mask
-from blm_jax.data.statistics import decode_actions, encode_actions, encode_state
 from blm_jax.errors import RequestError
 from blm_jax.infer.engine import open_engine
 from blm_jax.infer.generate import bucket

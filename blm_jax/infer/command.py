@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from blm_jax import mesh as meshes
 from blm_jax.config import HardwareConfig, MeshConfig, SamplingConfig
-from blm_jax.data.observation import check, check_last, check_output, read_last, read_observations, write_chunks
+from blm_jax.data.demos.observation import check, check_last, check_output, read_last, read_observations, write_chunks
+from blm_jax.data.demos.robots import check_stored
 from blm_jax.data.prompt import PromptEngine, user_turn
-from blm_jax.data.robots import check_stored
 from blm_jax.infer.act import load_actor
 from blm_jax.infer.engine import open_engine
 from blm_jax.infer.session import load

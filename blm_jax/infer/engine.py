@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from blm_jax.config import Instruction, PolicyConfig
 from blm_jax.data.chat import load_tokenizer
-from blm_jax.data.pixels import read_pixel_config
 from blm_jax.data.prompt import PromptEngine
+from blm_jax.data.vision.pixels import read_pixel_config
 from blm_jax.weights.policy import has_policy, read_policy
 from blm_jax.weights.source import assets_dir, read_config
 

@@ -25,17 +25,17 @@ from blm_jax import mesh as meshes
 from blm_jax.batch import Prompts
 from blm_jax.config import BackboneConfig, HardwareConfig
 from blm_jax.configfile import suggest
-from blm_jax.data import intents as store
-from blm_jax.data.augment import AugmentConfig
-from blm_jax.data.demonstrations import Demonstrations, open_demonstrations
+from blm_jax.data.demos import intents as store
+from blm_jax.data.demos.demonstrations import Demonstrations, open_demonstrations
+from blm_jax.data.demos.intents import Form, FrameSet, Plan
+from blm_jax.data.demos.moments import ROOM, Augmentation, FrameRows, Prompter, key_of, observe, used_frames
+from blm_jax.data.demos.observation import Observation, encode, intent_tokens
+from blm_jax.data.demos.robots import Robot, find_robot, limits, load_robots
+from blm_jax.data.demos.survey import read_survey
 from blm_jax.data.files import open_path
-from blm_jax.data.intents import Form, FrameSet, Plan
 from blm_jax.data.loader import Loader
-from blm_jax.data.moments import ROOM, Augmentation, FrameRows, Prompter, key_of, observe, used_frames
-from blm_jax.data.observation import Observation, encode, intent_tokens
 from blm_jax.data.prompt import Example
-from blm_jax.data.robots import Robot, find_robot, limits, load_robots
-from blm_jax.data.survey import read_survey
+from blm_jax.data.vision.augment import AugmentConfig
 from blm_jax.errors import RequestError
 from blm_jax.infer.act import Actor, Intent, load_below, load_policy
 from blm_jax.infer.engine import open_engine

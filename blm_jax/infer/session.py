@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from blm_jax import mesh as meshes
 from blm_jax.config import BackboneConfig, ComputeConfig, SamplingConfig
 from blm_jax.data.chat import Tokenizer
+from blm_jax.data.demos.observation import Observation
 from blm_jax.data.files import read_json
-from blm_jax.data.observation import Observation
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.errors import RequestError
 from blm_jax.infer.act import Actor, Intent, load_policy

@@ -24,11 +24,11 @@ from etils import epath
 from blm_jax import configfile
 from blm_jax.config import BackboneConfig, PolicyConfig
 from blm_jax.configfile import suggest
-from blm_jax.data import robots as registry
-from blm_jax.data import statistics as numbers
+from blm_jax.data.demos import robots as registry
+from blm_jax.data.demos import statistics as numbers
+from blm_jax.data.demos.robots import Robot
+from blm_jax.data.demos.statistics import Statistics
 from blm_jax.data.files import open_path, read_json
-from blm_jax.data.robots import Robot
-from blm_jax.data.statistics import Statistics
 from blm_jax.errors import RequestError, RunError
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.names import Entry, Path, Shape, Slices, Tensor, some

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from blm_jax.config import PolicyConfig
-from blm_jax.data import statistics
-from blm_jax.data.robots import Robot, load_robots
+from blm_jax.data.demos import statistics
+from blm_jax.data.demos.robots import Robot, load_robots
 from blm_jax.models.policy import abstract_policy
 from blm_jax.weights.policy import PolicyFiles
 

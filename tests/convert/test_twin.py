@@ -25,14 +25,14 @@ from blm_jax.batch import IntentRows, RobotRows
 from blm_jax.config import BackboneConfig, ComputeConfig, PolicyConfig
 from blm_jax.convert.twin.blm_policy import BLMPolicy, Intent
 from blm_jax.convert.twin.blm_policy import Robot as TwinRobot
-from blm_jax.data import robots as registry
-from blm_jax.data import statistics
 from blm_jax.data.chat import load_tokenizer
 from blm_jax.data.collate import collate
-from blm_jax.data.observation import Observation, intent_tokens, messages_for
-from blm_jax.data.pixels import read_pixel_config
+from blm_jax.data.demos import robots as registry
+from blm_jax.data.demos import statistics
+from blm_jax.data.demos.observation import Observation, intent_tokens, messages_for
 from blm_jax.data.positions import Grid
 from blm_jax.data.prompt import Example, PromptEngine
+from blm_jax.data.vision.pixels import read_pixel_config
 from blm_jax.models.mllm import Mllm, with_params
 from blm_jax.models.objective import sample
 from blm_jax.models.policy import Policy, policy_with_params

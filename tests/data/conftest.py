@@ -8,10 +8,10 @@ import pytest
 
 from blm_jax.config import BackboneConfig, DecoderConfig, VisionConfig
 from blm_jax.data.chat import Tokenizer, load_tokenizer
-from blm_jax.data.pixels import PixelConfig, read_pixel_config
 from blm_jax.data.prompt import PromptEngine
+from blm_jax.data.vision.pixels import PixelConfig, read_pixel_config
 from blm_jax.weights.config_json import to_json
-from tests.data.corpora import CONFIG
+from tests.data.corpora.material import CONFIG
 from tests.qwen_files import write_tokenizer_files
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig
 from blm_jax.data.collate import collate
-from blm_jax.data.pixels import PixelConfig, levels_of
 from blm_jax.data.prompt import Example, PromptEngine
+from blm_jax.data.vision.pixels import PixelConfig, levels_of
 from blm_jax.errors import RequestError
 
 

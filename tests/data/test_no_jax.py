@@ -10,8 +10,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from tests.data.corpora import write_source
-from tests.data.test_sources import write_examples
+from tests.data.corpora.material import write_source
+from tests.data.corpora.test_sources import write_examples
 
 # Found, as if it were installed, but it cannot be imported.
 BLOCK = """
@@ -40,7 +40,7 @@ for module in pkgutil.walk_packages(blm_jax.data.__path__, "blm_jax.data."):
 from blm_jax.config import BackboneConfig, DecoderConfig, VisionConfig
 from blm_jax.data.chat import load_tokenizer
 from blm_jax.data.collate import collate
-from blm_jax.data.pixels import read_pixel_config
+from blm_jax.data.vision.pixels import read_pixel_config
 from blm_jax.data.prompt import PromptEngine, user_turn
 
 model, image, video = sys.argv[1:]
@@ -52,10 +52,10 @@ print(batch.tokens.shape[1], len(example.pictures), batch.vision.patches.shape[0
 """
 
 CORPUS = """
-from tests.data.corpora import open_engine
+from tests.data.corpora.material import open_engine
 from blm_jax.data import command
 from blm_jax.data.collate import collate
-from blm_jax.data.corpus import open_corpus
+from blm_jax.data.corpora.corpus import open_corpus
 from blm_jax.data.mixture import Mixture
 
 model, out, *sources = sys.argv[1:]

@@ -17,9 +17,9 @@ from PIL import Image
 
 from blm_jax.config import BackboneConfig
 from blm_jax.data.chat import Tokenizer
-from blm_jax.data.pixels import PixelConfig
 from blm_jax.data.positions import rope_positions
 from blm_jax.data.prompt import Example, PromptEngine, user_turn
+from blm_jax.data.vision.pixels import PixelConfig
 from blm_jax.errors import RequestError
 from tests.data import reference
 

@@ -19,9 +19,9 @@ from blm_jax.cli import main
 from blm_jax.config import ComputeConfig, MeshConfig
 from blm_jax.convert.twin.blm_policy import BLMPolicy
 from blm_jax.convert.twin.blm_policy import Intent as TwinIntent
-from blm_jax.data import statistics
-from blm_jax.data.observation import Observation, write_chunks
-from blm_jax.data.robots import load_robots
+from blm_jax.data.demos import statistics
+from blm_jax.data.demos.observation import Observation, write_chunks
+from blm_jax.data.demos.robots import load_robots
 from blm_jax.errors import RequestError
 from blm_jax.infer import command
 from blm_jax.infer.act import Actor, Intent, denoise, load_actor, noise_of
@@ -30,7 +30,7 @@ from blm_jax.models.embodiment import add_robot
 from blm_jax.models.policy import abstract_policy, policy_with_params
 from blm_jax.weights.policy import load_policy_params, read_policy, with_robot, write_policy
 from tests.convert.policy_dirs import make_params
-from tests.data.test_robots import MINE
+from tests.data.demos.test_robots import MINE
 from tests.tiny_model import write_tiny_model
 from tests.tiny_policy import CONFIG, observe, write_observations, write_tiny_policy
 

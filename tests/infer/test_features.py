@@ -24,13 +24,13 @@ from blm_jax import mesh as meshes
 from blm_jax.batch import Moments
 from blm_jax.cli import main
 from blm_jax.config import ComputeConfig, HardwareConfig, MeshConfig
-from blm_jax.data import intents as store
-from blm_jax.data.augment import AugmentConfig
-from blm_jax.data.intents import Intents, open_intents
+from blm_jax.data.demos import intents as store
+from blm_jax.data.demos.intents import Intents, open_intents
+from blm_jax.data.demos.moments import Augmentation, MomentRows, observe, open_moments, used_frames
+from blm_jax.data.demos.robots import load_robots, render
+from blm_jax.data.demos.survey import write_survey
 from blm_jax.data.loader import Loader
-from blm_jax.data.moments import Augmentation, MomentRows, observe, open_moments, used_frames
-from blm_jax.data.robots import load_robots, render
-from blm_jax.data.survey import write_survey
+from blm_jax.data.vision.augment import AugmentConfig
 from blm_jax.errors import RequestError
 from blm_jax.infer import features as making
 from blm_jax.infer.act import load_actor, load_below
@@ -43,7 +43,7 @@ from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.policy import PolicyFiles, write_policy
 from blm_jax.weights.source import read_config
 from tests.convert.policy_dirs import make_params
-from tests.data.stage_two import POLICY, ROBOTS, Stage, make_stage
+from tests.data.demos.stage_two import POLICY, ROBOTS, Stage, make_stage
 from tests.tiny_model import write_tiny_model
 
 TWO = Augmentation(AugmentConfig(crop=0.2, brightness=0.2), seed=1, versions=2)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from blm_jax.config import BackboneConfig
-from blm_jax.data.pictures import Picture
 from blm_jax.data.positions import Grid, rope_positions
 from blm_jax.data.prompt import Example
+from blm_jax.data.vision.pictures import Picture
 
 WORDS = 300  # ids below are plain words
 # In patches of a vision tower that merges 2x2. Few fill their windows; one is a strip.

@@ -14,7 +14,7 @@ import torch
 from blm_jax.batch import Batch
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.data.collate import collate
-from blm_jax.data.pixels import PixelConfig, levels_of, normalise
+from blm_jax.data.vision.pixels import PixelConfig, levels_of, normalise
 from blm_jax.models.mllm import Mllm, random_params, with_params
 from tests.models.chats import IMAGE, IMAGES, MIXED, TEXT, VIDEO, make_example, torch_inputs
 from tests.models.oracle import CASES, grads_of, params_of, torch_model
