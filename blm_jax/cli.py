@@ -1,23 +1,21 @@
-"""`blm`: reads the command line, then calls one function. What does the work is imported late, so that `--help` is quick."""
+"""`blm`: joins the other processes of a run, calls one command, and turns what goes wrong into one line and an exit code."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from blm_jax.accelerators import has_tpu, settle_platform
+from blm_jax.commands import OutputClosed, parse, say
 from blm_jax.errors import RequestError, RunError
 
-Result = dict[str, Any] | None
 INTERRUPTED = 128 + 2
 # Each is set by one kind of launcher for every process it starts: Slurm's srun, Open MPI's mpirun, an indexed Kubernetes job.
 LAUNCHER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX")
@@ -48,15 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 done, 2 the request is wrong, 1 it failed on the way."""
     process = 0
     try:
-        args = _parse(sys.argv[1:] if argv is None else argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
         process = _start_jax(args)
         result = args.run(args, process)
         if args.json and process == 0:
-            _print(json.dumps(result or {}, ensure_ascii=False))
+            say(json.dumps(result or {}, ensure_ascii=False))
         return 0
     except SystemExit as stop:  # argparse after --help and --version
         return stop.code if isinstance(stop.code, int) else 1
-    except _OutputClosed:
+    except OutputClosed:
         # Whoever read our output has gone (`blm ... | head`); Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
@@ -78,17 +76,6 @@ def _report(error: Exception, process: int) -> int:
     where = f" (process {process})" if process else ""
     print(f"blm: error{where}: {message}", file=sys.stderr)
     return 2 if isinstance(error, RequestError) else 1
-
-
-class _OutputClosed(Exception):
-    pass
-
-
-def _print(text: str, end: str = "\n") -> None:
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        raise _OutputClosed from None
 
 
 # --- processes -----------------------------------------------------------------------------------------------------------
@@ -142,384 +129,6 @@ def _number(variable: str) -> int | None:
     if text is not None and not text.isdecimal():
         raise RequestError(f"{variable} is {text!r}: it must be a whole number")
     return None if text is None else int(text)
-
-
-# --- commands ------------------------------------------------------------------------------------------------------------
-
-
-def _generate(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.config import SamplingConfig
-    from blm_jax.infer import command
-
-    given = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "seed": args.seed,
-    }
-    sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
-
-    def show(piece: str) -> None:
-        if process == 0:
-            _print(piece, end="")
-
-    result = command.generate(
-        model=args.model,
-        prompt=args.prompt,
-        images=tuple(args.image),
-        videos=tuple(args.video),
-        system=args.system,
-        sampling=sampling,
-        hardware=_hardware(args),
-        on_text=show if args.stream else None,
-    )
-    if process == 0 and (args.stream or not args.json):
-        _print("" if args.stream else result["text"])
-    return result
-
-
-def _hardware(args: argparse.Namespace) -> Any:
-    from blm_jax.config import HardwareConfig
-    from blm_jax.configfile import override
-
-    changes = [f"mesh.{part}" for part in (args.mesh or "").split(",") if part]
-    changes += [f"compute.{name}={value}" for name in ("dtype", "attention") if (value := getattr(args, name))]
-    return override(HardwareConfig(), changes)
-
-
-def _act(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.infer import command
-
-    result = command.act(
-        model=args.model,
-        observations=args.observations,
-        robot=args.robot,
-        robots_files=args.robots_file,
-        samples=args.samples,
-        steps=args.steps,
-        seed=args.seed,
-        last=args.last,
-        delay=args.delay,
-        out=args.out,
-        hardware=_hardware(args),
-    )
-    if process == 0 and not args.json:
-        _print(f"{result['path']}: {result['observations']} observations, {result['samples']} chunks each of {result['horizon']} steps")
-    return result
-
-
-def _convert(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.convert import command
-
-    result = command.convert(args.src, args.dst, to=args.to, max_shard_bytes=args.max_shard_size)
-    if process == 0 and not args.json:
-        _print(f"{result['out']}: {result['tensors']} tensors, {result['bytes'] / 1e9:.2f} GB, {result['seconds']:.1f} s")
-    return result
-
-
-def _data_prepare(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.data import command
-    from blm_jax.infer.engine import open_engine
-
-    result = command.prepare(
-        source=args.source,
-        open_engine=functools.partial(open_engine, args.model),
-        out=args.out,
-        root=args.root,
-        workers=args.workers,
-        records_per_shard=args.records_per_shard,
-        max_tokens=args.max_tokens,
-        max_patches=args.max_patches,
-        max_bad=args.max_bad,
-    )
-    if not args.json:
-        _print(f"{result['out']}: {result['records']} records of {result['read']}, {result['bad']} bad, {result['tokens']} tokens")
-    return result
-
-
-def _data_inspect(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.data import command
-    from blm_jax.infer.engine import instruction_of, open_engine
-
-    if command.is_corpus(args.path):
-        _refuse(args, ("robot", "robots_file", "stats", "episodes"), "is a corpus of conversations")
-        if args.model is None:
-            raise RequestError(f"{args.path} is shown as a model reads it: say of which with --model")
-        result = command.show_corpus(args.path, open_engine(args.model), records=args.records, count=args.count, out=args.out)
-    else:
-        _refuse(args, ("records",), "is no corpus of conversations")
-        prompts = {} if args.model is None else {"engine": open_engine(args.model), "instruction": instruction_of(args.model)}
-        chosen = {"episodes": args.episodes, "count": args.count}
-        result = command.show_demonstrations(
-            args.path, args.robot, robots_files=args.robots_file, stats=args.stats, out=args.out, **chosen, **prompts
-        )
-    text = result.pop("text")
-    if not args.json:
-        _print(text)
-    return result
-
-
-def _refuse(args: argparse.Namespace, names: Sequence[str], what: str) -> None:
-    """Flags that say nothing of what the path holds."""
-    for name in names:
-        if getattr(args, name):
-            raise RequestError(f"{args.path} {what}: --{name.replace('_', '-')} is not for it")
-
-
-def _data_stats(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.data.demos import survey
-
-    result = survey.stats(args.sets, args.robot, args.robots_file, args.scheme, args.workers, args.out)
-    if not args.json:
-        _print(survey.report(result))
-    return result
-
-
-def _data_features(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.data.demos.moments import Augmentation
-    from blm_jax.data.vision.augment import AugmentConfig
-    from blm_jax.infer import features
-
-    changes = AugmentConfig(crop=args.crop, brightness=args.brightness, contrast=args.contrast, saturation=args.saturation)
-    request = features.Request(
-        model=args.model,
-        sets=tuple(args.sets),
-        robot=args.robot,
-        stats=args.stats,
-        out=args.out,
-        robots_files=tuple(args.robots_file),
-        form=args.form,
-        augmentation=Augmentation(changes, args.seed, args.versions),
-        room=args.instruction_tokens,
-        per_shard=args.frames_per_shard,
-        workers=args.workers,
-        chip=args.chip,
-        chips=args.chips,
-        read_rate=args.read_rate,
-        hardware=_hardware(args),
-    )
-    result = features.features(request, dry_run=args.dry_run)
-    if process == 0 and not args.json and not args.dry_run:
-        _print(f"{result['out']}: {result['frames']} frames, {result['bytes'] / 1e9:.3g} GB, {result['seconds']:.0f} s")
-        if error := result.get("action_error"):
-            _print(f"actions are off by {error['int8']:.2g} with int8, by {error['bfloat16']:.2g} with bfloat16 (root mean square)")
-    return result
-
-
-def _bench(args: argparse.Namespace, process: int) -> Result:
-    folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    names = sorted(script.stem for script in folder.glob("*.py") if not script.stem.startswith("_"))
-    if not names:
-        raise RequestError(f"benchmarks are run from a checkout of the repository, and {folder} holds none")
-    if args.name not in names:
-        raise RequestError(f"no benchmark {args.name!r}: there are {', '.join(names)}")
-    sys.path.insert(0, str(folder))  # as `python benchmarks/NAME.py` would have it
-    return importlib.import_module(args.name).main(args.rest)
-
-
-# --- the command line ----------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}; see `{self.prog} --help`")
-
-
-class _Version(argparse.Action):
-    def __call__(self, *_: Any) -> NoReturn:
-        from importlib.metadata import version
-
-        print(f"blm {version('blm-jax')}")
-        raise SystemExit(0)
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="blm", description="One model that answers questions about what it sees and drives robot arms.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_generate(_command(commands, "generate", _generate, "answer a prompt about text, images and videos"))
-    _add_act(_command(commands, "act", _act, "sample chunks of actions for recorded observations"))
-    _add_convert(_command(commands, "convert", _convert, "bring weights to the Hugging Face layout or to a checkpoint"))
-    _add_data(commands.add_parser("data", help="what is done to data before training", description="What is done to data before training."))
-    bench = _command(commands, "bench", _bench, "run a benchmark beside its peer", uses_jax=False)
-    bench.add_argument("name", metavar="NAME", help="a script of benchmarks/, without .py; flags unknown to blm go to it")
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.run is not _bench:
-        args.parser.error(f"unknown argument {' '.join(rest)}")
-    args.rest = rest
-    return args
-
-
-def _command(commands: Any, name: str, run: Callable[..., Result], summary: str, *, uses_jax: bool = True) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    parser.set_defaults(run=run, uses_jax=uses_jax, parser=parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
-    if uses_jax:
-        several = parser.add_argument_group(
-            "several processes", "found out from Slurm, MPI, a TPU pod or JAX's variables where these are silent"
-        )
-        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-        several.add_argument("--processes", type=int, metavar="N", help="how many there are; 1 looks for no others")
-        several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-    return parser
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_data_prepare(_command(commands, "prepare", _data_prepare, "check conversations and write them as a corpus", uses_jax=False))
-    _add_data_inspect(_command(commands, "inspect", _data_inspect, "show what a model sees of data", uses_jax=False))
-    _add_data_stats(_command(commands, "stats", _data_stats, "check demonstrations and make a robot's statistics", uses_jax=False))
-    _add_data_features(_command(commands, "features", _data_features, "make what the frozen backbone sees of demonstrations, for training"))
-
-
-def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a JSON or JSONL file, a directory of such files, or tfds:NAME_OR_DIRECTORY")
-    parser.add_argument("--model", required=True, metavar="MODEL", help="whose tokenizer, template and pictures' sizes lengths are of")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the corpus; what is there already is gone on with")
-    parser.add_argument("--root", metavar="DIR", help="where paths in records begin: a directory, or an archive (that of SOURCE)")
-    parser.add_argument("--workers", type=_at_least_one, metavar="N", help="processes (as many as there are cores)")
-    parser.add_argument("--records-per-shard", type=_at_least_one, default=4096, metavar="N", help="of the source (4096)")
-    parser.add_argument("--max-tokens", type=_at_least_one, metavar="N", help="longer records are bad ones (as the model can read)")
-    parser.add_argument("--max-patches", type=_at_least_one, metavar="N", help="records with more vision work are bad ones")
-    parser.add_argument("--max-bad", type=_share, default=0.01, metavar="SHARE", help="of bad records, at which all stops (1%%)")
-
-
-def _add_data_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="what blm data prepare wrote, or a set of demonstrations: RLDS, LeRobot v2.x or v3.0")
-    parser.add_argument("--model", metavar="MODEL", help="whose prompts are shown; a corpus has no other sight")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--records", type=_numbers, metavar="I,J", help="numbers of a corpus's records, from 0")
-    which.add_argument("--episodes", type=_numbers, metavar="I,J", help="numbers of a set's episodes, from 0")
-    which.add_argument("--count", type=_at_least_one, default=3, metavar="N", help="so many, evenly spread (3)")
-    parser.add_argument("--out", metavar="DIR", help="a page with pictures, index.html, is written here")
-    of_sets = parser.add_argument_group("sets of demonstrations")
-    of_sets.add_argument("--robot", metavar="NAME", help="whose demonstrations they are")
-    of_sets.add_argument("--robots-file", action="append", default=[], metavar="FILE", help="robots of yours; may be repeated")
-    of_sets.add_argument("--stats", metavar="FILE.json", help="what blm data stats wrote: chunks are shown as they are learned, too")
-
-
-def _add_data_stats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sets", nargs="+", metavar="SET", help="directories of demonstrations: RLDS, LeRobot v2.x or v3.0")
-    parser.add_argument("--robot", required=True, metavar="NAME", help="whose demonstrations they are")
-    parser.add_argument("--robots-file", action="append", default=[], metavar="FILE", help="robots of yours; may be repeated")
-    parser.add_argument(
-        "--scheme",
-        choices=("quantile", "mean_std", "min_max"),
-        default="quantile",
-        help="what is brought to -1 and 1, or to 0 and 1 (quantile)",
-    )
-    parser.add_argument("--workers", type=_at_least_one, default=1, metavar="N", help="processes (1)")
-    parser.add_argument("--out", required=True, metavar="FILE.json", help="where training finds the statistics and the good episodes")
-
-
-def _add_data_features(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a directory with a policy/, whose config names the block; local or in a bucket")
-    parser.add_argument("sets", nargs="+", metavar="SET", help="directories of demonstrations of one robot")
-    parser.add_argument("--robot", required=True, metavar="NAME", help="whose demonstrations they are")
-    parser.add_argument("--robots-file", action="append", default=[], metavar="FILE", help="robots of yours; may be repeated")
-    parser.add_argument("--stats", required=True, metavar="FILE.json", help="what blm data stats wrote: it knows the good episodes")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the intents; what a run before has begun is gone on with")
-    parser.add_argument(
-        "--form", choices=("bfloat16", "float32", "int8"), default="bfloat16", help="of a number; int8 has a scale a token (bfloat16)"
-    )
-    parser.add_argument("--instruction-tokens", type=_at_least_one, default=64, metavar="N", help="of the longest instruction (64)")
-    parser.add_argument("--frames-per-shard", type=_at_least_one, default=1024, metavar="N", help="of a file (1024)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that open pictures (0: threads)")
-    changes = parser.add_argument_group("augmentation", "as training must ask for it")
-    changes.add_argument("--versions", type=_at_least_one, default=1, metavar="N", help="of each episode, changed differently (1)")
-    changes.add_argument("--seed", type=int, default=0, metavar="S", help="of the changes (0)")
-    changes.add_argument("--crop", type=_share, default=0.0, metavar="SHARE", help="the most that is cut of each side (0)")
-    for name in ("brightness", "contrast", "saturation"):
-        changes.add_argument(f"--{name}", type=_share, default=0.0, metavar="SHARE", help="the most by which it is changed (0)")
-    before = parser.add_argument_group("before it starts")
-    before.add_argument("--dry-run", action="store_true", help="say how large they become, and whether they are worth it; make nothing")
-    before.add_argument("--chip", metavar="NAME", help="what will train, such as H200 or 'TPU v5e' (what is here)")
-    before.add_argument("--chips", type=_at_least_one, default=1, metavar="N", help="that one disk feeds (1)")
-    before.add_argument("--read-rate", type=_size, metavar="SIZE", help="what the disk gives a second, such as 2GB (measured)")
-    _add_hardware(parser)
-
-
-def _share(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
-    share = float(found[1]) / (100 if found[2] else 1) if found else -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 1% or 0.01")
-    return share
-
-
-def _numbers(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} are no numbers: write 0,5,17")
-    return [int(part) for part in text.split(",")]
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a directory in the Hugging Face layout or a checkpoint, local or in a bucket")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
-    parser.add_argument("--image", action="append", default=[], metavar="P", help="a picture, shown before the prompt; may be repeated")
-    parser.add_argument("--video", action="append", default=[], metavar="P", help="a video, shown before the prompt; may be repeated")
-    parser.add_argument("--system", metavar="TEXT", help="the system message, in place of the model's own")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (512)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (0)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (all)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens that hold P of the probability (1)")
-    parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same answer (0)")
-    _add_hardware(parser)
-    parser.add_argument("--stream", action="store_true", help="print the answer as it grows")
-
-
-def _add_act(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a directory with a policy/, local or in a bucket")
-    parser.add_argument("--observations", required=True, metavar="FILE.npz", help="state, instruction and images/CAMERA of each")
-    parser.add_argument("--robot", required=True, metavar="NAME", help="one of the policy's robots")
-    parser.add_argument(
-        "--robots-file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="robots of yours: must be those stored with the policy; may be repeated",
-    )
-    parser.add_argument("--samples", type=_at_least_one, default=1, metavar="N", help="chunks for each observation (1)")
-    parser.add_argument("--steps", type=_at_least_one, metavar="N", help="denoising steps (as the policy's config says)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
-    parser.add_argument("--last", metavar="FILE.npz", help="go on from these chunks, of which as many steps as they say are executed")
-    parser.add_argument("--delay", type=int, default=0, metavar="D", help="steps of them that will be executed meanwhile, and are kept (0)")
-    _add_hardware(parser)
-    parser.add_argument("--out", required=True, metavar="FILE.npz", help="where the chunks go, in the robot's own units")
-
-
-def _add_hardware(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mesh", metavar="SIZES", help="devices along each axis, such as data=2,fsdp=4,tensor=1; -1 takes what is left")
-    parser.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (float32)")
-    parser.add_argument("--attention", metavar="A", help="xla, splash (TPU) or cudnn (GPU), in place of what suits the platform")
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="a directory in the Hugging Face layout or a checkpoint, local or in a bucket")
-    parser.add_argument("dst", metavar="DST", help="a directory that does not exist yet")
-    parser.add_argument("--to", required=True, choices=("hf", "checkpoint"), help="what to write")
-    parser.add_argument(
-        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest safetensors file, such as 5GB or 500MB (5GB)"
-    )
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 500MB")
-    return size
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import pytest
 
-from blm_jax import cli
+from blm_jax import cli, commands
 from blm_jax.config import ComputeConfig, HardwareConfig, MeshConfig, SamplingConfig
 from blm_jax.convert import command as convert_command
 from blm_jax.errors import RequestError, RunError
@@ -189,7 +189,7 @@ def test_a_benchmark_has_help_of_its_own() -> None:
 
 
 def test_bench_runs_a_script_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "blm_jax" / "cli.py"))
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "blm_jax" / "commands.py"))
     assert cli.main(["bench", "speed_of_tests"]) == 2
     assert "benchmarks are run from a checkout" in capsys.readouterr().err
     (tmp_path / "benchmarks").mkdir()

@@ -47,26 +47,27 @@ def starts(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
+COMMAND_LINE = ("blm_jax.cli", "blm_jax.commands")
 HOUSE = (
     # what, must not import
     (
         "blm_jax.models",
-        ("blm_jax.data", "blm_jax.weights", "blm_jax.infer", "blm_jax.convert", "blm_jax.cli", "etils", "yaml", "json", "transformers"),
+        ("blm_jax.data", "blm_jax.weights", "blm_jax.infer", "blm_jax.convert", *COMMAND_LINE, "etils", "yaml", "json", "transformers"),
     ),
     (
         "blm_jax.data",
-        ("jax", "flax", "blm_jax.mesh", "blm_jax.models", "blm_jax.weights", "blm_jax.infer", "blm_jax.convert", "blm_jax.cli"),
+        ("jax", "flax", "blm_jax.mesh", "blm_jax.models", "blm_jax.weights", "blm_jax.infer", "blm_jax.convert", *COMMAND_LINE),
     ),
-    ("blm_jax.weights", ("blm_jax.infer", "blm_jax.convert", "blm_jax.cli")),
-    ("blm_jax.infer", ("blm_jax.convert", "blm_jax.cli")),
-    ("blm_jax.convert", ("blm_jax.infer", "blm_jax.cli")),
-    ("blm_jax.train", ("blm_jax.infer", "blm_jax.convert", "blm_jax.cli")),
+    ("blm_jax.weights", ("blm_jax.infer", "blm_jax.convert", *COMMAND_LINE)),
+    ("blm_jax.infer", ("blm_jax.convert", *COMMAND_LINE)),
+    ("blm_jax.convert", ("blm_jax.infer", *COMMAND_LINE)),
+    ("blm_jax.train", ("blm_jax.infer", "blm_jax.convert", *COMMAND_LINE)),
     ("blm_jax.counts", ("jax", "flax", "blm_jax.models", "blm_jax.data")),
     ("blm_jax.data.vision", ("blm_jax.data.corpora", "blm_jax.data.demos")),
     ("blm_jax.data.corpora", ("blm_jax.data.demos",)),
     ("blm_jax.batch", ("jax", "flax")),
     ("blm_jax.config", ("jax", "flax", "numpy", "yaml")),
-    ("blm_jax.mesh", ("blm_jax.models", "blm_jax.data", "blm_jax.weights", "blm_jax.infer", "blm_jax.convert", "blm_jax.cli")),
+    ("blm_jax.mesh", ("blm_jax.models", "blm_jax.data", "blm_jax.weights", "blm_jax.infer", "blm_jax.convert", *COMMAND_LINE)),
     ("blm_jax", ("torch", "torchvision", "tensorflow", "tests", "benchmarks")),
 )
 
