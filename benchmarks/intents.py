@@ -112,8 +112,8 @@ class Sides:
         augmentation = Augmentation(versions=1)
         prompter = Prompter(open_engine_here, sizes.policy.instruction, [robot])
         progress("intents of all frames")
-        intents = self._write(folder / "intents", sizes, sets[0], prompter, augmentation)
-        options: dict[str, Any] = {"batch": batch, "augmentation": augmentation}
+        intents = self._write(folder / "intents", sizes, dtype, sets[0], prompter, augmentation)
+        options: dict[str, Any] = {"batch": batch, "augmentation": augmentation, "dtype": dtype}
         opened: Callable[..., MomentRows] = partial(
             open_moments, statistics={robot.name: found.statistics}, policy=sizes.policy, open_engine=open_engine_here, **options
         )
@@ -122,13 +122,15 @@ class Sides:
         self.intent_bytes = intents.plan.token_bytes * intents.longest
         self.loaders[CACHED] = Loader(opened(sets[:1], intents=[intents]))
 
-    def _write(self, path: Path, sizes: Sizes, one: Demonstrations, prompter: Prompter, augmentation: Augmentation) -> Intents:
+    def _write(
+        self, path: Path, sizes: Sizes, dtype: Dtype, one: Demonstrations, prompter: Prompter, augmentation: Augmentation
+    ) -> Intents:
         import jax
 
         from blm_jax.infer.act import look
 
         frame_sets, state, action = used_frames([one])
-        key = key_of(prompter.engine, sizes.policy, one.robot, "", augmentation)
+        key = key_of(prompter.engine, sizes.policy, one.robot, "", augmentation, dtype)
         plan = Plan(one.robot.name, key, "bfloat16", sizes.policy.intent_width, 1, 2**20, frame_sets)
         directory = store.open_path(path)
         rows = FrameRows(plan, [0], [one], prompter, augmentation, 8)

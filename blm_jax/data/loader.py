@@ -69,9 +69,13 @@ class Loader(Generic[Row]):
 
     def __next__(self) -> Row:
         start = time.perf_counter()
-        if self._iterator is None:
-            self._iterator = self._begin()
-        parts = [next(self._iterator) for _ in self._own]
+        try:
+            if self._iterator is None:
+                self._iterator = self._begin()
+            parts = [next(self._iterator) for _ in self._own]
+        except BaseException:
+            self.close()  # in the middle of a batch: whoever goes on in spite of it begins this one again
+            raise
         self.waited = time.perf_counter() - start
         self.step += 1
         return joined(parts)

@@ -26,17 +26,22 @@ class Corpus:
     tokens: np.ndarray  # [records], those of pictures included
     patches: np.ndarray  # [records], by `vision_work`
     share: Fraction = Fraction(1)  # of its records that an epoch takes; 2 is all of them twice
+    path: str = ""  # for messages: the name, which decides the order of records, may be one that says nothing to a reader
 
     def __post_init__(self) -> None:
         shapes = self.tokens.shape, self.patches.shape
         if shapes[0] != shapes[1] or self.tokens.ndim != 1 or any(array.dtype.kind not in "iu" for array in (self.tokens, self.patches)):
             raise ValueError(f"lengths of {self.name} are of shapes {shapes}: two equal rows of whole numbers are needed")
         if not len(self.tokens):
-            raise RequestError(f"corpus {self.name} has no records: prepare it again, or leave it out of the mixture")
+            raise RequestError(f"corpus {self.shown} has no records: prepare it again, or leave it out of the mixture")
         if self.tokens.min() < 1 or self.patches.min() < 0 or max(self.tokens.max(), self.patches.max()) >= 2**32:
-            raise RequestError(f"corpus {self.name} has a record without tokens, or a length that cannot be: prepare it again")
+            raise RequestError(f"corpus {self.shown} has a record without tokens, or a length that cannot be: prepare it again")
         if not self.share > 0:
-            raise RequestError(f"corpus {self.name} has a share of {self.share}: it must be above 0, or leave the corpus out")
+            raise RequestError(f"corpus {self.shown} has a share of {self.share}: it must be above 0, or leave the corpus out")
+
+    @property
+    def shown(self) -> str:
+        return self.path or self.name
 
 
 class Mixture:
@@ -45,7 +50,8 @@ class Mixture:
     def __init__(self, corpora: Sequence[Corpus]):
         names = [corpus.name for corpus in corpora]
         if not names or len(set(names)) < len(names):
-            raise RequestError(f"a mixture has corpora of different names, at least one, not {names}")
+            shown = ", ".join(corpus.shown for corpus in corpora)
+            raise RequestError(f"a mixture has different corpora, at least one, not {shown or 'none'}")
         self.corpora = tuple(corpora)
         self.starts = np.cumsum([0, *(len(corpus.tokens) for corpus in corpora)])  # of each corpus's numbers
         if self.starts[-1] >= 2**32:
@@ -134,6 +140,9 @@ def read_shares(settings: Mapping[str, float | str], tokens: Mapping[str, int]) 
     Weights are proportions of tokens among the corpora that have one. These come together as often as they hold tokens: equal
     weights let a small corpus be seen often, and a large one in part.
     """
+    for name, count in tokens.items():
+        if not count:
+            raise RequestError(f"mixture: {name} holds nothing to train on: leave it out")
     shares = {name: _percent(name, value) for name, value in settings.items() if isinstance(value, str)}
     weights = {name: _exact(name, value) for name, value in settings.items() if not isinstance(value, str)}
     together = sum(tokens[name] for name in weights)

@@ -76,7 +76,10 @@ def _results(team: list[_Worker], most: int, jobs: Iterator[_Job[Task]], make: C
             job = worker.job
             assert job is not None
             try:
-                done[job.number] = worker.result()
+                if worker.ready:
+                    done[job.number] = worker.result()
+                else:
+                    worker.welcome()
             except (EOFError, ConnectionError):
                 again.append(worker.mourn())
                 team.remove(worker)
@@ -94,15 +97,31 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
+        self.ready = False
 
     def begin(self, job: _Job) -> None:
         self.job = job
+        if self.ready:  # sending a large task waits for a reader, and others are to be started meanwhile
+            self._send(job)
+
+    def welcome(self) -> None:
+        """It has started, and gets its first task."""
+        self._receive()
+        self.ready = True
+        assert self.job is not None
+        self._send(self.job)
+
+    def result(self) -> Any:
+        value = self._receive()
+        self.job = None
+        return value
+
+    def _send(self, job: _Job) -> None:
         with contextlib.suppress(ConnectionError):  # it died idle: reading its answer will tell
             self.pipe.send((job.task, job.deadly))
 
-    def result(self) -> Any:
+    def _receive(self) -> Any:
         kind, value = self.pipe.recv()
-        self.job = None
         if kind == "error":
             raise value
         return value
@@ -138,6 +157,7 @@ def _serve(pipe: Connection, at: Any, make: Callable[[], Work]) -> None:
 
     try:
         work = make()
+        pipe.send(("ready", None))
         while True:
             task, deadly = pipe.recv()
             at.value = STARTING

@@ -32,7 +32,7 @@ from blm_jax.data.demos.moments import ROOM, Augmentation, FrameRows, Prompter, 
 from blm_jax.data.demos.observation import Observation, encode, intent_tokens
 from blm_jax.data.demos.robots import Robot, find_robot, limits, load_robots
 from blm_jax.data.demos.survey import read_survey
-from blm_jax.data.files import open_path
+from blm_jax.data.files import one_line, open_path
 from blm_jax.data.loader import Loader
 from blm_jax.data.prompt import Example
 from blm_jax.data.vision.augment import AugmentConfig
@@ -184,22 +184,28 @@ def measured_rate(directory: epath.Path) -> float:
     """Bytes a second of a file that the system does not remember."""
     if "://" in os.fspath(directory):
         raise RequestError(f"{directory} lies in a bucket: say with --read-rate what it gives to one host")
-    with tempfile.TemporaryFile(dir=directory) as file:
-        file.write(os.urandom(PROBE))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        start = time.perf_counter()
-        while file.read(2**20):
-            pass
-        return PROBE / (time.perf_counter() - start)
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(os.urandom(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            start = time.perf_counter()
+            while file.read(2**20):
+                pass
+            return PROBE / (time.perf_counter() - start)
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise RequestError(f"{directory} cannot be measured: {why}; say with --read-rate what its disk gives") from error
 
 
 def _there(path: epath.Path) -> epath.Path:
     """The directory above that exists."""
     while not path.exists():
         path = path.parent
+    if not path.is_dir():
+        raise RequestError(f"{path} is a file: choose a directory")
     return path
 
 
@@ -207,8 +213,9 @@ def _free(path: epath.Path) -> int | None:
     """Bytes that may still be written beside what a run before has written; nothing is known of a bucket."""
     if "://" in os.fspath(path):
         return None
-    written = sum(shard.stat().length for shard in path.glob("hidden-*.bin")) if path.exists() else 0
-    return shutil.disk_usage(_there(path)).free + written
+    there = _there(path)
+    written = sum(shard.stat().length for shard in path.glob("hidden-*.bin")) if there == path else 0
+    return shutil.disk_usage(there).free + written
 
 
 def report(told: dict[str, Any]) -> str:
@@ -280,7 +287,8 @@ def _together(what: str) -> None:
 
 def _plan(request: Request, opened: Opened, sets: tuple[FrameSet, ...]) -> Plan:
     config, versions = opened.files.config, request.augmentation.versions
-    key = key_of(opened.prompter.engine, config, opened.robot, _fingerprint(request.model), request.augmentation)
+    engine, dtype = opened.prompter.engine, request.hardware.compute.dtype
+    key = key_of(engine, config, opened.robot, _fingerprint(request.model), request.augmentation, dtype)
     return Plan(opened.robot.name, key, request.form, config.intent_width, versions, request.per_shard, sets)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,28 @@ def test_what_goes_wrong_arrives(workers: int) -> None:
     next(loader)
     with pytest.raises(Exception, match="this row is broken"):
         next(loader)
+    loader.close()
+
+
+@dataclass(frozen=True)
+class Once(Telling):
+    """Cannot be read the first time."""
+
+    failures: list[int] = field(default_factory=lambda: [2])
+
+    def read(self, step: int, row: int) -> Told:
+        if step == 1 and row in self.failures:
+            self.failures.remove(row)
+            raise RequestError("this row is broken")
+        return super().read(step, row)
+
+
+def test_who_goes_on_in_spite_of_an_error_gets_whole_batches() -> None:
+    loader = Loader(Once(), ahead=1)
+    next(loader)
+    with pytest.raises(RequestError):
+        next(loader)
+    assert next(loader).step.tolist() == [[1, row] for row in range(BATCH)]
     loader.close()
 
 

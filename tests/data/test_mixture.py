@@ -134,7 +134,7 @@ def test_wrong_corpora() -> None:
         Corpus("a", one, one, Fraction(0))
     with pytest.raises(ValueError, match="lengths of a"):
         Corpus("a", one, one[:1])
-    with pytest.raises(RequestError, match="different names"):
+    with pytest.raises(RequestError, match="different corpora, at least one, not a, a"):
         Mixture([Corpus("a", one, one)] * 2)
     with pytest.raises(RequestError, match="so small that an epoch has less than one record"):
         Mixture([Corpus("a", one, one, Fraction(1, 3))])

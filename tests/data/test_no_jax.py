@@ -65,7 +65,7 @@ for number, source in enumerate(sources):
     command.prepare(source, lambda: engine, f"{out}/{number}", workers=0)
     command.show_corpus(f"{out}/{number}", engine, out=f"{out}/page{number}")
     corpora.append(open_corpus(f"{out}/{number}"))
-mixture = Mixture([corpus.in_mixture(str(number)) for number, corpus in enumerate(corpora)])
+mixture = Mixture([corpus.in_mixture() for corpus in corpora])
 drawn = mixture.draws(0, 0)
 examples = [corpora[corpus].example(int(record), engine) for corpus, record in zip(*mixture.locate(drawn))]
 batch = collate([[example] for example in examples], engine.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,27 @@ def refusing() -> Callable[..., Any]:
     raise RequestError("no such model")
 
 
+def meeting(folder: Path, others: int) -> Callable[..., int]:
+    """Begins when so many processes are there."""
+    (folder / str(os.getpid())).touch()
+    deadline = time.monotonic() + 30
+    while len(list(folder.iterdir())) < others:
+        if time.monotonic() > deadline:
+            raise RequestError("the others do not come")
+        time.sleep(0.01)
+    return lambda task, begin, deadly: len(task)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_results_come_in_order(workers: int) -> None:
     tasks = [[i, i + 1] for i in range(20)]
     assert list(in_order(tasks, workers, squares)) == [[i**2, (i + 1) ** 2] for i in range(20)]
+
+
+def test_processes_start_together(tmp_path: Path) -> None:
+    """A task larger than what a pipe holds waits for one that reads it, and keeps no other from starting."""
+    size = 2**21
+    assert list(in_order([b"x" * size] * 4, 3, partial(meeting, tmp_path, 3))) == [size] * 4
 
 
 def test_tasks_are_read_only_a_little_ahead() -> None:

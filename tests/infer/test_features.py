@@ -180,6 +180,23 @@ def test_processes_share_the_shards(
         np.testing.assert_array_equal(found.frame(which, episode, at, version)[0], exact[1].frame(which, episode, at, version)[0])
 
 
+def test_the_key_knows_what_was_computed_with(stage: Stage, model: str, exact: list[Intents], tmp_path: Path) -> None:
+    """bfloat16 is another store; and the same weights with another config are another backbone."""
+    asked = request(stage, model, "small", tmp_path / "out", hardware=HardwareConfig(compute=ComputeConfig(dtype="bfloat16")))
+    opened = making._open(asked)
+    plan = making._plan(asked, opened, used_frames(opened.demonstrations)[0])
+    with pytest.raises(RequestError, match=r"another dtype \(float32, not bfloat16\): make it again"):
+        exact[0].check(plan.key)
+    other = Path(shutil.copytree(model, tmp_path / "model"))
+    config = json.loads((other / "config.json").read_text())
+    holder = config.get("text_config", config)
+    assert holder["rms_norm_eps"] != 1e-3
+    holder["rms_norm_eps"] = 1e-3
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match="made with another backbone config: make it again"):
+        moments(stage, str(other), exact)
+
+
 # --- training on it ------------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +315,13 @@ def test_what_cannot_be_made(
     assert "2 versions of pictures that nothing changes are all the same" in refused("--versions", "2")
     assert "no chip 'TPU v5f' is known; did you mean TPU v5" in refused("--chip", "TPU v5f")
     assert "name the hardware to compare on with --chip: there are H200" in refused("--dry-run")
+    letter = tmp_path / "letter.txt"
+    letter.write_text("Dear")
+    for out in (letter, letter / "out"):
+        for more in ((), ("--dry-run", "--chip", "TPU v5e")):
+            assert main(arguments(stage, model, out, *more)) == 2
+            assert capsys.readouterr().err.splitlines()[-1].endswith("letter.txt is a file: choose a directory")
+    assert letter.read_text() == "Dear"
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "out needs 26.8kB, and 1.00kB are free: choose another disk, --form int8, or fewer versions" in refused()
@@ -306,3 +330,6 @@ def test_what_cannot_be_made(
 def test_a_disk_is_measured(tmp_path: Path) -> None:
     assert 1e6 < making.measured_rate(epath.Path(tmp_path)) < 1e12
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "letter.txt").write_text("Dear")
+    with pytest.raises(RequestError, match=r"letter.txt cannot be measured: Not a directory; say with --read-rate"):
+        making.measured_rate(epath.Path(tmp_path / "letter.txt"))

@@ -191,8 +191,14 @@ class PreparedCorpus:
         """[records] uint32, by `vision_work`."""
         return self._lengths[:, 1]
 
-    def in_mixture(self, name: str, share: Fraction = Fraction(1)) -> Corpus:
-        return Corpus(name, self.tokens, self.patches, share)
+    @property
+    def identity(self) -> str:
+        """The same wherever the corpus lies."""
+        said = {name: self.info[name] for name in ("read", "records", "tokens", "patches", "shards")}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def in_mixture(self, share: Fraction = Fraction(1)) -> Corpus:
+        return Corpus(self.identity, self.tokens, self.patches, share, self.path)
 
     def check(self, engine: PromptEngine) -> None:
         """Lengths are those of one tokenizer, template and size of pictures: refuses an engine that has others."""

@@ -44,7 +44,7 @@ def open_packed(
     for corpus in corpora.values():
         corpus.check(engine)
     parts = read_shares(shares, {path: corpus.info["tokens"] for path, corpus in corpora.items()})
-    mixture = Mixture([corpus.in_mixture(path, parts[path]) for path, corpus in corpora.items()])
+    mixture = Mixture([corpus.in_mixture(parts[path]) for path, corpus in corpora.items()])
     if row_length is None:
         row_length = propose_row_length(mixture, length, engine.config.vision)
     budget = Budget(length, row_budget(row_length, engine.config.vision) if row_length else 0)

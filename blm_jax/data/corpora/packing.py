@@ -32,7 +32,7 @@ def check_fits(mixture: Mixture, budget: Budget) -> None:
             first = int(np.argmax(over))
             corpus, record = mixture.locate(np.array(first))
             raise RequestError(
-                f"record {record} of corpus {mixture.corpora[corpus].name} has {lengths[first]} {name}, a sequence holds {most} "
+                f"record {record} of corpus {mixture.corpora[corpus].shown} has {lengths[first]} {name}, a sequence holds {most} "
                 f"({over.sum()} such records): make sequences longer, or prepare the corpus with that limit"
             )
 

@@ -2,6 +2,7 @@
 
 The n-th so many records of a source become the n-th shard, whoever makes it, so the corpus is the same whatever the number of
 processes and interruptions. A shard is finished when its note is there, shard-00000.json; notes become corpus.json in the end.
+Whoever goes on looks again at the bad records of finished shards, whose pictures may have been mended.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from blm_jax.data.corpora.corpus import (
     shard_writer,
 )
 from blm_jax.data.corpora.media import Media
-from blm_jax.data.corpora.sources import Piece, Source
+from blm_jax.data.corpora.sources import Item, Piece, Source
 from blm_jax.data.files import one_line, open_path, read_json, write_whole
 from blm_jax.data.prompt import SETTINGS, Example, Part, PromptEngine
 from blm_jax.data.vision.headers import picture_tokens, video_tokens
@@ -74,8 +75,8 @@ def prepare(request: Request, workers: int, max_bad: float, *, show: bool | None
         "records_per_shard": request.records_per_shard,
         "max_tokens": request.max_tokens,
         "max_patches": request.max_patches,
+        "root": os.fspath(request.media().root),  # resolved; a wrong one is known before any work
     }
-    request.media()  # a wrong root is known before any work
     with _held(directory):
         _begin(directory, settings)
         if (directory / INFO).exists():
@@ -146,30 +147,47 @@ class ShardMaker:
         if path.exists():
             note = read_json(path)
             _check_unchanged(piece, note["source"], self.request)
-            return note
+            if self._still_bad(piece, note["bad"], begin, deadly):
+                return note
+            path.unlink()  # first: it tells nothing of the shard that is made now
         lengths: list[tuple[int, int]] = []
         bad: list[dict[str, Any]] = []
         lost = 0
-        # PIL warns of all that it mends by itself.
-        with warnings.catch_warnings(action="ignore"), shard_writer(self.directory, piece.number) as write:
+        with shard_writer(self.directory, piece.number) as write:
             for place, item in enumerate(piece.items):
                 begin(place)
-                try:
-                    if reason := item.problem or deadly.get(place, ""):
-                        raise RequestError(reason)
-                    messages, *length = check_record(self.request.source.read(item), self.media, self.engine, self.request.max_patches)
-                    data = encode_record(Stored(messages, item.file, item.line, item.index))
-                except Exception as error:  # whatever a record makes a library do, it is the record that is bad
-                    known = isinstance(error, RequestError)
-                    reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-                    bad.append({"file": item.file, "line": item.line, "record": item.index, "reason": reason})
+                found = self._read(item, deadly.get(place, ""))
+                if isinstance(found, dict):
+                    bad.append(found)
                     lost += item.lost
                 else:
-                    write(data)
-                    lengths.append((length[0], length[1]))
+                    write(found[0])
+                    lengths.append(found[1:])
         note = {"source": piece.digest, "read": len(piece.items), "lost": lost, "lengths": lengths, "bad": bad}
         write_whole(path, _json(note))
         return note
+
+    def _read(self, item: Item, deadly: str) -> tuple[bytes, int, int] | dict[str, Any]:
+        """A record as it is stored, its tokens and its vision work; or what the report says of it."""
+        try:
+            if reason := item.problem or deadly:
+                raise RequestError(reason)
+            with warnings.catch_warnings(action="ignore"):  # PIL warns of all that it mends by itself
+                messages, *length = check_record(self.request.source.read(item), self.media, self.engine, self.request.max_patches)
+                return encode_record(Stored(messages, item.file, item.line, item.index)), length[0], length[1]
+        except Exception as error:  # whatever a record makes a library do, it is the record that is bad
+            reason = one_line(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {one_line(error)}"
+            return {"file": item.file, "line": item.line, "record": item.index, "reason": reason}
+
+    def _still_bad(self, piece: Piece, bad: list[dict[str, Any]], begin: Callable[[int], None], deadly: Mapping[int, str]) -> bool:
+        """Whether the bad records of a finished shard are as bad as they were. Others are not read again."""
+        known = {(entry["file"], entry["record"]): entry for entry in bad}
+        for place, item in enumerate(piece.items):
+            if entry := known.get((item.file, item.index)):
+                begin(place)
+                if self._read(item, deadly.get(place, "")) != entry:
+                    return False
+        return True
 
 
 def note_name(number: int) -> str:
@@ -305,7 +323,8 @@ def _begin(directory: epath.Path, settings: dict[str, Any]) -> None:
     known = read_info(directory)["settings"] if path.name == INFO else read_json(path)
     if other := [name for name in settings if settings[name] != known.get(name)]:
         names = [f"MODEL's {part}" for part in _other_reading(settings, known)] if "reading" in other else []
-        names += [name for name in other if name != "reading"]
+        names += [name for name in other if name not in ("reading", "root")]
+        names += [f"root {known.get('root')}, not {settings['root']}"] if "root" in other else []
         raise RequestError(f"{directory} was begun with other settings ({', '.join(names)}): remove it, or write to another directory")
 
 

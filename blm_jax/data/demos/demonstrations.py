@@ -66,6 +66,11 @@ class Demonstrations:
         return int(self._starts[-1])
 
     @property
+    def actions(self) -> list[int]:
+        """How many each episode has."""
+        return np.diff(self._starts).tolist()
+
+    @property
     def episodes(self) -> int:
         return len(self._starts) - 1
 

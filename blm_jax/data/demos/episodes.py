@@ -6,8 +6,10 @@ A source reads a set of demonstrations: numbers by column, pictures by camera, b
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,11 +40,15 @@ class Source(Protocol):
 
     path: epath.Path
     count: int  # episodes
-    identity: str  # another one where the set was changed
     hz: float | None  # steps a second, where the set says so
     columns: Mapping[str, int]  # of numbers: how many a step
     cameras: Mapping[str, tuple[int | None, int | None]]  # height and width, where the set says so
     texts: Sequence[str]  # columns that may hold the instruction
+
+    @property
+    def identity(self) -> str:
+        """Another one where the set was changed, the same wherever it lies. Asks for the size of every file."""
+        ...
 
     def read(self, episode: int, columns: Sequence[str], instruction: str) -> Rows:
         """Numbers and instructions; no picture is read. Raises BadEpisode."""
@@ -78,8 +84,10 @@ def check_recording(recording: Recording, robot: Robot, number: int) -> None:
         )
     if actions == 0 or observations - actions not in (0, 1):
         raise RequestError(f"{what}: {observations} observations and {actions} actions: there must be as many, or one observation more")
-    if not (np.isfinite(recording.state).all() and np.isfinite(recording.action).all()):
-        raise RequestError(f"{what} holds numbers that are not finite")
+    with np.errstate(over="ignore"):
+        written = [values.astype(np.float32) for values in (recording.state, recording.action)]
+    if not all(np.isfinite(values).all() for values in written):
+        raise RequestError(f"{what} holds numbers that are not finite in float32, as which they are written")
     if not recording.instruction.strip():
         raise RequestError(f"{what} has no instruction")
     for camera in robot.cameras:
@@ -88,6 +96,36 @@ def check_recording(recording: Recording, robot: Robot, number: int) -> None:
         if found is None or found.shape != wanted or found.dtype != np.uint8:
             said = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
             raise RequestError(f"{what}: the pictures of camera {camera.name} are {said}, not uint8 {list(wanted)}")
+
+
+EDGE = 2**16  # bytes
+LOOKED_INTO = 256  # files
+Mark = tuple[int, str] | None  # size; digest, if the file was looked into
+
+
+def marks(files: Mapping[str, epath.Path]) -> list[tuple[str, Mark]]:
+    """What tells files from others of their names: the size of each, and what stands at both ends of some, evenly spread."""
+    names = sorted(files)
+    step = -(-len(names) // LOOKED_INTO) or 1
+    with ThreadPoolExecutor(16) as pool:  # in a bucket, each answer takes long
+        found = pool.map(lambda i: _mark(files[names[i]], look=i % step == 0), range(len(names)))
+        return list(zip(names, found, strict=True))
+
+
+def _mark(path: epath.Path, *, look: bool) -> Mark:
+    """None of a file that cannot be read: its episodes are bad."""
+    try:
+        size = path.stat().length
+        if not look:
+            return size, ""
+        with path.open("rb") as stream:
+            edges = stream.read(EDGE)
+            if size > EDGE:
+                stream.seek(max(EDGE, size - EDGE))
+                edges += stream.read(EDGE)
+    except (OSError, ValueError):
+        return None
+    return size, hashlib.sha256(edges).hexdigest()
 
 
 Stamp = tuple[int, int] | None

@@ -22,7 +22,9 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -145,6 +147,8 @@ def check_new(directory: epath.Path) -> None:
         raise RequestError(f"{directory} exists; choose another directory or remove it")
     if (directory / MAKING).exists() or not directory.exists():
         return
+    if not directory.is_dir():
+        raise RequestError(f"{directory} is a file: choose a directory")
     if others := sorted(file.name for file in directory.iterdir() if not file.name.startswith(".")):
         raise RequestError(f"{directory} holds {others[0]} and no intents: choose another directory")
 
@@ -289,7 +293,10 @@ class Intents:
             raise RequestError(f"{path} {wrong}")
         content = read_json(info)
         self.plan = _plan(content, info)
-        self.longest = int(content["longest"])
+        try:
+            self.longest = int(content["longest"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{info} is damaged: it does not say how long the longest intent is; {AGAIN}") from error
         offsets, layout, state, action = (_array(self._directory / f"{name}.npy") for name in ("offsets", "layout", "state", "action"))
         if (len(offsets), len(layout), len(state), len(action)) != (
             self.plan.frames + 1,
@@ -299,8 +306,7 @@ class Intents:
         ):
             raise RunError(f"{path} is damaged: its files do not hold {self.plan.frames} frames; {AGAIN}")
         self._offsets, self._layout, self._state, self._action = offsets, layout, state, action
-        with np.load(io.BytesIO((self._directory / "layouts.npz").read_bytes())) as found:
-            self._layouts = np.split(found["places"], np.cumsum(found["tokens"])[:-1])
+        self._layouts = _layouts(self._directory / "layouts.npz")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_intents, (self.path,)
@@ -313,11 +319,11 @@ class Intents:
                 told = "" if "sha256:" in f"{then}{now}" else f" ({then}, not {now})"
                 raise RequestError(f"{self.path} was made with another {name}{told}: {AGAIN}")
 
-    def find(self, path: epath.PathLike, identity: str, windows: int) -> int:
+    def find(self, path: epath.PathLike, identity: str, actions: Sequence[int]) -> int:
         """The number of a set of demonstrations, as it is now."""
         for number, one in enumerate(self.plan.sets):
             if one.identity == identity:
-                if sum(one.actions) != windows:
+                if list(one.actions) != list(actions):
                     raise RequestError(f"{self.path} was made with another survey of {path}, with other bad episodes: {AGAIN}")
                 return number
         raise RequestError(f"{self.path} was made with another set: {path} is none of its sets, or was changed since: {AGAIN}")
@@ -364,6 +370,15 @@ class Intents:
 @lru_cache(maxsize=256)
 def _mapped(path: str, version: Stamp) -> np.ndarray:
     return np.memmap(path, np.uint8, "r")
+
+
+def _layouts(path: epath.Path) -> list[np.ndarray]:
+    """Places [tokens, 4] of each."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as found:
+            return np.split(found["places"], np.cumsum(found["tokens"])[:-1])
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunError(f"{path} is damaged: {one_line(error)}; {AGAIN}") from error
 
 
 def _array(path: epath.Path) -> np.ndarray:

@@ -14,10 +14,12 @@ import math
 import os
 import re
 import string
+import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -29,7 +31,7 @@ from etils import epath
 from PIL import Image
 
 from blm_jax.data.demos import frames as video
-from blm_jax.data.demos.episodes import TASK, BadEpisode, Rows, Stamp, stamp
+from blm_jax.data.demos.episodes import TASK, BadEpisode, Rows, Stamp, marks, stamp
 from blm_jax.data.files import one_line, read_json
 from blm_jax.errors import RequestError
 
@@ -84,11 +86,21 @@ class LeRobot:
         promised = _get(info, "total_episodes", int, self._info)
         if promised != self.count:
             raise RequestError(f"{self._info} promises {promised} episodes, but {self.count} are listed in {path / 'meta'}")
-        listed = [[episode.index, episode.length, episode.tasks, episode.data] for episode in self._episodes]
-        # Statistics tell sets apart that differ in their numbers alone.
-        kept = [path / "meta" / name for name in ("stats.json", "episodes_stats.jsonl")]
+        self._described = json.dumps(info, sort_keys=True)
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        listed = [[one.index, one.length, one.tasks, one.data, sorted(one.videos.items())] for one in self._episodes]
+        names = {name for one in self._episodes for name in (one.data, *(file for file, _ in one.videos.values()))}
+        # Statistics tell sets apart that differ in their numbers alone, in the middle of large files.
+        kept = [self.path / "meta" / name for name in ("stats.json", "episodes_stats.jsonl")]
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in kept if file.exists()]
-        self.identity = hashlib.sha256(json.dumps([info, listed, digests], sort_keys=True).encode()).hexdigest()
+        found = [self._described, sorted(self._tasks.items()), listed, digests, marks({name: self.path / name for name in names})]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def _read_features(self, features: dict[str, Any]) -> None:
         columns: dict[str, int] = {}
@@ -311,19 +323,32 @@ class _Kept:
     """Decoded columns of row groups, the ones used last. Files may hold all their rows in one group."""
 
     def __init__(self) -> None:
-        self.held: OrderedDict[Any, np.ndarray] = OrderedDict()
+        self.held: OrderedDict[Any, tuple[np.ndarray, int]] = OrderedDict()  # with their sizes
         self.size = 0
+        self._lock = threading.Lock()
 
     def get(self, key: Any) -> np.ndarray | None:
-        if key in self.held:
+        with self._lock:
+            if key not in self.held:
+                return None
             self.held.move_to_end(key)
-        return self.held.get(key)
+            return self.held[key][0]
 
     def put(self, key: Any, values: np.ndarray) -> None:
-        self.held[key] = values
-        self.size += values.nbytes
-        while self.size > KEPT and len(self.held) > 1:
-            self.size -= self.held.popitem(last=False)[1].nbytes
+        size = _bytes(values)
+        with self._lock:
+            self.size += size - self.held.pop(key, (values, 0))[1]
+            self.held[key] = values, size
+            while self.size > KEPT and len(self.held) > 1:
+                self.size -= self.held.popitem(last=False)[1][1]
+
+
+def _bytes(values: np.ndarray) -> int:
+    """What they take in memory; of objects, with the texts and pictures that an array only points to."""
+    if values.dtype != object:
+        return values.nbytes
+    parts = (part for value in values for part in (value, *(value.values() if isinstance(value, dict) else ())))
+    return values.nbytes + sum(map(sys.getsizeof, parts))
 
 
 _kept = _Kept()

@@ -242,10 +242,12 @@ def open_moments(
     room: int = ROOM,
     intents: Sequence[Intents] = (),
     backbone: str = "",
+    dtype: str = "float32",
 ) -> MomentRows:
     """Sets may be of several robots, `shares` weights or percentages, `statistics` by robot.
 
-    With `intents`, one for each robot, no picture is opened; `backbone` is the fingerprint of the weights they must be of.
+    With `intents`, one for each robot, no picture is opened; `backbone` is the fingerprint of the weights they must be of, and `dtype`
+    what the backbone must have computed with.
     """
     augmentation = augmentation or Augmentation(seed=seed)
     paths = [f"{one.source.path} as {one.robot.name}" for one in sets]
@@ -262,8 +264,8 @@ def open_moments(
         tokens = -(-max(one.longest for one in intents) // ROUND) * ROUND
         for one in sets:
             cache = _of_robot(one.robot, intents)
-            cache.check(key_of(prompter.engine, policy, one.robot, backbone, augmentation))
-            views.append(Cached(one, cache, cache.find(one.source.path, one.source.identity, len(one)), augmentation, tokens))
+            cache.check(key_of(prompter.engine, policy, one.robot, backbone, augmentation, dtype))
+            views.append(Cached(one, cache, cache.find(one.source.path, one.source.identity, one.actions), augmentation, tokens))
     else:
         for one in sets:
             if list(one.future) != [camera.name for camera in one.robot.cameras]:
@@ -279,19 +281,27 @@ def _of_robot(robot: Robot, intents: Sequence[Intents]) -> Intents:
     return found[0]
 
 
-def key_of(engine: PromptEngine, policy: PolicyConfig, robot: Robot, backbone: str, augmentation: Augmentation) -> dict[str, str]:
+def key_of(
+    engine: PromptEngine, policy: PolicyConfig, robot: Robot, backbone: str, augmentation: Augmentation, dtype: str
+) -> dict[str, str]:
     """All that intents depend on, but for the demonstrations, by the names that a refusal gives them."""
     changes = augmentation.changes
     told = [f"{name} {value:g}" for name, value in asdict(changes).items() if value]
     return {
         "backbone": backbone,
-        "processor": "sha256:" + hashlib.sha256(json.dumps(reading(engine), sort_keys=True).encode()).hexdigest(),
+        "backbone config": _digest(asdict(engine.config)),  # the same weights mean something else with another
+        "dtype": dtype,
+        "processor": _digest(reading(engine)),
         "place of the instruction": policy.instruction,
         "robot entry": fingerprint(robot),
         "block": str(policy.intent_block),
         "augmentation": ", ".join([*told, f"seed {augmentation.seed}"]) if told else "none",
         "number of versions": str(augmentation.versions if changes.changes else 1),
     }
+
+
+def _digest(value: Any) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # --- every frame once, for what makes intents ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from PIL import Image
 
-from blm_jax.data.demos.episodes import BadEpisode, Recording, Rows, Stamp, stamp
+from blm_jax.data.demos.episodes import BadEpisode, Recording, Rows, Stamp, marks, stamp
 from blm_jax.data.demos.robots import Robot
 from blm_jax.data.files import one_line, read_json, read_text
 from blm_jax.errors import RequestError
@@ -59,9 +59,9 @@ class Rlds:
     def __init__(self, path: epath.Path):
         self.path = path
         described = [read_text(path / name) for name in (INFO, "features.json")]
-        self.identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        self._described = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         try:
-            builder = _builder(os.fspath(path), self.identity)
+            builder = _builder(os.fspath(path), self._described)
             info = builder.info
             self._form = str(getattr(info.file_format, "value", info.file_format))
             splits = {name: (list(map(os.fspath, split.filepaths)), list(split.shard_lengths)) for name, split in info.splits.items()}
@@ -87,6 +87,15 @@ class Rlds:
         metadata = read_json(path / "metadata.json") if (path / "metadata.json").exists() else {}
         hz = metadata.get(HZ)
         self.hz = float(hz) if isinstance(hz, (int, float)) and not isinstance(hz, bool) and 0 < hz < math.inf else None
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        files = {place.name: place for place in map(epath.Path, self._files)}
+        return hashlib.sha256(json.dumps([self._described, marks(files)]).encode()).hexdigest()
 
     def _sort(self, features: Mapping[str, Any]) -> None:
         import tensorflow_datasets as tfds
@@ -141,7 +150,7 @@ class Rlds:
         file = self._files[shard]
         with _naming(epath.Path(file).name):
             version = stamp(epath.Path(file))
-            return _parsed(os.fspath(self.path), self.identity, file, version, self._form, episode - int(self._starts[shard]))
+            return _parsed(os.fspath(self.path), self._described, file, version, self._form, episode - int(self._starts[shard]))
 
 
 @contextlib.contextmanager
@@ -178,23 +187,23 @@ def _at(steps: Mapping[str, Any], name: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _builder(path: str, identity: str) -> Any:
+def _builder(path: str, described: str) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.builder_from_directory(path)
 
 
 @lru_cache(maxsize=64)
-def _parser(path: str, identity: str) -> Any:
+def _parser(path: str, described: str) -> Any:
     from tensorflow_datasets.core import example_parser
 
-    return example_parser.ExampleParserNp(_builder(path, identity).info.features.get_serialized_info())
+    return example_parser.ExampleParserNp(_builder(path, described).info.features.get_serialized_info())
 
 
 @lru_cache(maxsize=4)
-def _parsed(path: str, identity: str, file: str, version: Stamp, form: str, number: int) -> dict[str, Any]:
+def _parsed(path: str, described: str, file: str, version: Stamp, form: str, number: int) -> dict[str, Any]:
     """The steps of a record, pictures as the bytes they are. A window's numbers and pictures are of one record."""
-    return _parser(path, identity).parse_example(_record(file, version, form, number))["steps"]
+    return _parser(path, described).parse_example(_record(file, version, form, number))["steps"]
 
 
 def _record(file: str, version: Stamp, form: str, number: int) -> bytes:

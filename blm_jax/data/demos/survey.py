@@ -20,7 +20,7 @@ from blm_jax.data.demos.episodes import BadEpisode, Source
 from blm_jax.data.demos.observation import OVERSHOOT, check_output
 from blm_jax.data.demos.robots import Dimension, Robot, find_robot, load_robots
 from blm_jax.data.demos.running import Running
-from blm_jax.data.demos.sets import check_layout, chunks, open_set, read_episode, read_pictures
+from blm_jax.data.demos.sets import check_layout, chunks, open_set, read_episode
 from blm_jax.data.demos.statistics import NARROW, Scheme, Statistics, Summary, check_statistics, from_json, to_json, to_relative
 from blm_jax.data.files import open_path, read_json, write_whole
 from blm_jax.data.workers import in_order
@@ -74,6 +74,7 @@ def survey(paths: Sequence[epath.PathLike], robot: Robot, scheme: Scheme = "quan
         check_layout(source, robot)
         if source.count == 0:
             raise RequestError(f"{source.path} holds no episode")
+    identities = [source.identity for source in sources]  # of what is read from now on
     pieces = [(i, begin) for i, source in enumerate(sources) for begin in range(0, source.count, PIECE)]
     state, action = Running(len(robot.state)), Running(len(robot.action))
     counts: list[list[int]] = [[] for _ in sources]
@@ -93,8 +94,8 @@ def survey(paths: Sequence[epath.PathLike], robot: Robot, scheme: Scheme = "quan
     summaries = state.summary(robot.state), action.summary(robot.action)
     statistics = Statistics(robot.name, robot.relative, robot.horizon, scheme, *summaries)
     surveyed = [
-        Surveyed(name, source.identity, tuple(actions), wrong)
-        for name, source, actions, wrong in zip(names, sources, counts, bad, strict=True)
+        Surveyed(name, identity, tuple(actions), wrong)
+        for name, identity, actions, wrong in zip(names, identities, counts, bad, strict=True)
     ]
     outliers = [*_outliers("state", state, summaries[0], sources), *_outliers("action", action, summaries[1], sources)]
     outliers += _beyond_limits("state", state, robot.state, sources)
@@ -139,13 +140,25 @@ def _add(source: Source, robot: Robot, number: int, label: int, found: _Found) -
     episode = read_episode(source, robot, number)
     for camera in robot.cameras:
         source.check_frames(number, robot.camera_column(camera.name))
-        if number == 0:
-            read_pictures(source, robot, number, camera.name, [0])  # what a set says of its pictures' size may be wrong
+    if not any(found.actions):
+        _check_sizes(source, robot, number)
     actions, mask = chunks(episode, robot.horizon)
     states = episode.state[: len(actions)]
     found.state.add(states, label)
     found.action.add(to_relative(actions, states, robot)[mask], label)
     return len(actions)
+
+
+def _check_sizes(source: Source, robot: Robot, number: int) -> None:
+    """By the first good episode of a piece: what a set says of its pictures' sizes may be wrong, or nothing."""
+    for camera in robot.cameras:
+        column = robot.camera_column(camera.name)
+        height, width = source.frames(number, column, [0]).shape[1:3]
+        if (height, width) != (camera.height, camera.width):
+            raise RequestError(
+                f"{source.path}, read as robot {robot.name}: pictures {column} of episode {number} are {height}x{width} "
+                f"(height x width), camera {camera.name} is {camera.height}x{camera.width}: give the camera the set's size"
+            )
 
 
 # --- what is strange about them ------------------------------------------------------------------------------------------------

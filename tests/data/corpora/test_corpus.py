@@ -72,7 +72,7 @@ def test_lengths_are_those_of_the_examples(made: Path, own_engine: PromptEngine)
 
 def test_it_is_a_part_of_a_mixture(made: Path) -> None:
     corpus = open_corpus(made)
-    mixture = Mixture([corpus.in_mixture("talk", Fraction(2)), corpus.in_mixture("again", Fraction(1, 2))])
+    mixture = Mixture([corpus.in_mixture(Fraction(2)), replace(corpus.in_mixture(Fraction(1, 2)), name="again")])
     assert len(mixture.draws(0, 0)) == RECORDS * 5 // 2
     assert mixture.work()[0] == int(corpus.tokens.sum()) * 5 // 2
     np.testing.assert_array_equal(mixture.tokens, np.concatenate([corpus.tokens, corpus.tokens]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,14 @@ def test_seeds_and_epochs_change_pictures(corpora: dict[str, str], model: str) -
     assert np.array_equal(changed.tokens, known.tokens) and not np.array_equal(changed.vision.patches, known.vision.patches)
     assert same(changed, again.read(0, 0))
     assert not same(changed, packed(corpora, model, changes=rows.changes, seed=1).read(0, 0))
+
+
+def test_where_a_corpus_lies_changes_nothing(corpora: dict[str, str], model: str, tmp_path: Path) -> None:
+    moved = {**corpora, "seen": str(shutil.copytree(corpora["seen"], tmp_path / "elsewhere"))}
+    for seen in (3, "70 %"):
+        rows, others = packed(corpora, model, seen=seen), packed(moved, model, seen=seen)
+        for step in range(4):
+            assert all(np.array_equal(x, y) for x, y in zip(rows.sequences.rows(step), others.sequences.rows(step), strict=True))
 
 
 def test_text_alone_has_no_vision(corpora: dict[str, str], model: str) -> None:

@@ -27,7 +27,7 @@ from blm_jax.data.corpora.prepare import ShardMaker
 from blm_jax.data.prompt import PromptEngine
 from blm_jax.data.vision.pixels import PixelConfig
 from blm_jax.errors import RequestError, RunError
-from tests.data.corpora.material import asked, open_engine, write_lines, write_source
+from tests.data.corpora.material import asked, open_engine, png, write_lines, write_source
 from tests.data.corpora.test_sources import write_examples
 
 RECORDS = 40
@@ -257,6 +257,67 @@ def test_a_source_that_has_changed(change: str, done: bool, prepare: Any, tmp_pa
         with pytest.raises(RequestError, match="has changed") if change == "longer" else contextlib.nullcontext():
             prepare(path, out)
             assert len(list(out.glob("data-*"))) == shards
+
+
+def test_another_root(prepare: Any, tmp_path: Path) -> None:
+    """Whether pictures were found there or not, and whether it was named or not."""
+    path = write_lines(tmp_path / "list" / "a.jsonl", [asked(f"<image> {i}?", image="0.png") for i in range(6)])
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png(56, 56, len(name)))
+    with pytest.raises(RequestError, match="6 of 6 records are bad"):
+        prepare(path, tmp_path / "wrong")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    with pytest.raises(RequestError, match=rf"begun with other settings \(root {path.parent}, not {one}\): remove it, or write to another"):
+        prepare(path, tmp_path / "wrong", root=one)
+    assert prepare(path, tmp_path / "out", root=one)["records"] == 6
+    with pytest.raises(RequestError, match=rf"begun with other settings \(root {one}, not {two}\): remove it, or write to another"):
+        prepare(path, tmp_path / "out", root=two)
+    prepare(path, tmp_path / "out", root=os.path.relpath(one))  # the same by another name
+
+
+def test_mended_pictures(prepare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again goes on with what was mended; good records are read once, unless their shard gains some."""
+    records = [asked(f"<image> {i}?", image=f"{i}.png") for i in range(12)]
+    path, out = write_lines(tmp_path / "a.jsonl", records), tmp_path / "out"
+    pictures = {f"{i}.png": png(56, 56, i) for i in range(12)}
+    for name, data in pictures.items():
+        (tmp_path / name).write_bytes(b"" if name == "2.png" else data)
+    (tmp_path / "9.png").unlink()
+    read: list[int] = []
+    real = prepare_module.check_record
+    monkeypatch.setattr(prepare_module, "check_record", lambda *given: read.append(1) or real(*given))
+    for mended, bad, looks in ((None, 2, 12), (None, 2, 2), ("2.png", 1, 6), ("9.png", 0, 5)):
+        if mended:
+            (tmp_path / mended).write_bytes(pictures[mended])
+        read.clear()
+        with pytest.raises(RequestError, match=f"{bad} of 12 records are bad") if bad else contextlib.nullcontext():
+            prepare(path, out, records_per_shard=4, max_bad=0.0)
+        assert len(read) == looks
+    prepare(path, tmp_path / "fresh")
+    assert contents(out)["lengths.npy"] == contents(tmp_path / "fresh")["lengths.npy"]
+    corpus = open_corpus(out)
+    assert [corpus.stored(number).index for number in range(12)] == list(range(12)) and contents(out)["report.jsonl"] == b""
+
+
+def test_a_shard_that_is_made_again_has_no_note(prepare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the shard and its note, and the picture is bad again: the old note would tell of fewer records than there are."""
+    path = write_lines(tmp_path / "a.jsonl", [asked(f"<image> {i}?", image=f"{i}.png") for i in range(3)])
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(56, 56, i))
+    with pytest.raises(RequestError, match="1 of 3"):
+        prepare(path, tmp_path / "out", max_bad=0.0)
+    (tmp_path / "2.png").write_bytes(png(56, 56, 2))
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(prepare_module, "write_whole", killed)
+        prepare(path, tmp_path / "out", max_bad=0.0)
+    (tmp_path / "2.png").unlink()
+    assert prepare(path, tmp_path / "out", max_bad=0.5)["records"] == len(open_corpus(tmp_path / "out")) == 2
+    assert open_corpus(tmp_path / "out").stored(1).index == 1
 
 
 def test_directories_of_others_and_roots(source: Path, prepare: Any, tmp_path: Path) -> None:

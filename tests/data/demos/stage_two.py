@@ -95,7 +95,7 @@ def write_intents(
     one = stage.open(robot.name, ahead=False)
     sets, state, action = used_frames([one])
     engine = stage.engine()
-    key = key_of(engine(), POLICY, robot, BACKBONE, augmentation)
+    key = key_of(engine(), POLICY, robot, BACKBONE, augmentation, "float32")
     plan = Plan(robot.name, key, form, POLICY.intent_width, max(augmentation.versions, 1), per_shard, sets)
     prompter = Prompter(engine, POLICY.instruction, [robot], 8)
     directory = store.open_path(path)

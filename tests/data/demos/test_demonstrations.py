@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
 from blm_jax.cli import main
 from blm_jax.config import EmbodimentConfig, PolicyConfig
+from blm_jax.data.demos import episodes
 from blm_jax.data.demos.demonstrations import Demonstrations, Window, open_demonstrations, training_rows
 from blm_jax.data.demos.episodes import Recording
 from blm_jax.data.demos.observation import check
@@ -195,6 +197,51 @@ def test_a_set_that_changed_is_refused(tmp_path: Path) -> None:
     assert len(open_demonstrations(tmp_path / "moved", SMALL, found)) == 17  # wherever it lies
     with pytest.raises(RequestError, match="was changed after the statistics of small were made"):
         open_demonstrations(tmp_path / "other", SMALL, found)
+
+
+@pytest.mark.parametrize(("form", "pattern"), [("rlds", "*-train*"), ("lerobot", "data/*/*"), ("lerobot", "videos/*/*/*")])
+def test_a_file_that_changed_in_place_is_noticed(form: Form, pattern: str, tmp_path: Path) -> None:
+    write(tmp_path / "set", SMALL, LENGTHS, form)
+    found = survey([tmp_path / "set"], SMALL)
+    (file,) = (tmp_path / "set").glob(pattern)
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(RequestError, match="was changed"):
+        open_demonstrations(tmp_path / "set", SMALL, found)
+    file.write_bytes(whole)  # at another time, but the same
+    assert open_set(tmp_path / "set").identity == found.sets[0].identity
+
+
+def test_marks_are_of_all_sizes_and_of_the_ends_of_some_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "LOOKED_INTO", 3)
+    monkeypatch.setattr(episodes, "EDGE", 4)
+    files = {f"{i}": epath.Path(tmp_path / f"{i}") for i in range(8)}
+
+    def marked(number: int, contents: bytes) -> list[str]:
+        """Names of the files whose marks differ once one holds something else."""
+        for path in files.values():
+            path.write_bytes(b"0123456789")
+        before = episodes.marks(files)
+        files[str(number)].write_bytes(contents)
+        return [one[0] for one, other in zip(before, episodes.marks(files), strict=True) if one != other]
+
+    assert [marked(number, b"012345678") for number in range(8)] == [[str(number)] for number in range(8)]
+    assert [marked(number, b"x123456789") for number in range(8)] == [["0"], [], [], ["3"], [], [], ["6"], []]
+    assert marked(3, b"012345678x") == ["3"] and marked(3, b"01234x6789") == []
+    files["9"] = epath.Path(tmp_path / "none")
+    assert dict(episodes.marks(files))["9"] is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_are_marked_once_and_not_to_open_a_set(form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "set", SMALL, LENGTHS, form)
+    source = open_set(tmp_path / "set")
+    identity = source.identity
+    monkeypatch.setattr(f"blm_jax.data.demos.{form}.marks", lambda _: 1 / 0)
+    assert pickle.loads(pickle.dumps(source)).identity == identity
+    with pytest.raises(ZeroDivisionError):
+        _ = open_set(tmp_path / "set").identity
 
 
 def test_sets_that_differ_in_numbers_alone_are_told_apart(tmp_path: Path) -> None:

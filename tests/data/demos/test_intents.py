@@ -93,8 +93,22 @@ def with_pixels(engine: PromptEngine) -> PromptEngine:
     return PromptEngine(engine.config, engine.tokenizer, replace(engine.pixels, max_pixels=28 * 28 * 10))
 
 
+def with_decoder(engine: PromptEngine, **changes: Any) -> PromptEngine:
+    config = replace(engine.config, decoder=replace(engine.config.decoder, **changes))
+    return PromptEngine(config, engine.tokenizer, engine.pixels)
+
+
+def with_vision(engine: PromptEngine, **changes: Any) -> PromptEngine:
+    config = replace(engine.config, vision=replace(engine.config.vision, **changes))
+    return PromptEngine(config, engine.tokenizer, engine.pixels)
+
+
 STALE: dict[str, tuple[str, Callable[[PromptEngine, Any], tuple[PromptEngine, Any]]]] = {
     "backbone": ("another backbone: make it again with blm data features", lambda engine, given: (engine, given | {"backbone": "sha256:"})),
+    "rope": ("another backbone config: make", lambda engine, given: (with_decoder(engine, rope_theta=10_000.0), given)),
+    "norm": ("another backbone config: make", lambda engine, given: (with_decoder(engine, norm_eps=1e-5), given)),
+    "full attention": ("another backbone config: make", lambda engine, given: (with_vision(engine, full_attention_layers=(0,)), given)),
+    "dtype": (r"another dtype \(float32, not bfloat16\)", lambda engine, given: (engine, given | {"dtype": "bfloat16"})),
     "processor": ("another processor: make", lambda engine, given: (with_pixels(engine), given)),
     "instruction": (
         r"another place of the instruction \(after, not before\)",
@@ -123,14 +137,15 @@ STALE: dict[str, tuple[str, Callable[[PromptEngine, Any], tuple[PromptEngine, An
 @pytest.fixture(scope="module")
 def fresh(stage: Stage) -> Intents:
     found = write_intents(stage.folder / "stale", stage, SMALL, ONE)
-    found.check(key_of(stage.engine()(), POLICY, SMALL, BACKBONE, ONE))
+    found.check(key_of(stage.engine()(), POLICY, SMALL, BACKBONE, ONE, "float32"))
     return found
 
 
 @pytest.mark.parametrize("what", STALE)
 def test_a_stale_store_is_refused_by_the_name_of_what_changed(what: str, stage: Stage, fresh: Intents) -> None:
     said, change = STALE[what]
-    engine, given = change(stage.engine()(), {"policy": POLICY, "robot": SMALL, "backbone": BACKBONE, "augmentation": ONE})
+    plain = {"policy": POLICY, "robot": SMALL, "backbone": BACKBONE, "augmentation": ONE, "dtype": "float32"}
+    engine, given = change(stage.engine()(), plain)
     with pytest.raises(RequestError, match=f"stale was made with {said}"):
         fresh.check(key_of(engine, **given))
 
@@ -139,12 +154,14 @@ def test_training_refuses_them(stage: Stage, tmp_path: Path) -> None:
     """At the door: another augmentation, a set that is none of theirs, one whose survey found other bad episodes."""
     found = write_intents(tmp_path / "intents", stage, SMALL, ONE)
 
-    def opened(one: Demonstrations, augmentation: Augmentation) -> None:
-        settings: dict[str, Any] = {"batch": 2, "augmentation": augmentation, "intents": [found], "backbone": BACKBONE}
+    def opened(one: Demonstrations, augmentation: Augmentation, **more: str) -> None:
+        settings: dict[str, Any] = {"batch": 2, "augmentation": augmentation, "intents": [found], "backbone": BACKBONE, **more}
         open_moments([one], stage.statistics, POLICY, stage.engine(), **settings)
 
     mine = stage.open("small", ahead=False)
     opened(mine, ONE)
+    with pytest.raises(RequestError, match=r"another dtype \(float32, not bfloat16\)"):
+        opened(mine, ONE, dtype="bfloat16")
     with pytest.raises(RequestError, match=r"another augmentation \(crop 0.1, seed 5, not none\)"):
         opened(mine, Augmentation())
     write(tmp_path / "other", SMALL, [4], "rlds")
@@ -160,7 +177,7 @@ def test_training_refuses_them(stage: Stage, tmp_path: Path) -> None:
 
 def planned(stage: Stage, robot: Robot = SMALL, **changes: Any) -> tuple[Plan, np.ndarray, np.ndarray]:
     sets, state, action = used_frames([stage.open(robot.name, ahead=False)])
-    key = key_of(stage.engine()(), POLICY, robot, BACKBONE, ONE)
+    key = key_of(stage.engine()(), POLICY, robot, BACKBONE, ONE, "float32")
     return replace(Plan(robot.name, key, "float32", POLICY.intent_width, 1, 6, sets), **changes), state, action
 
 
@@ -195,6 +212,8 @@ def test_a_shard_is_there_when_all_of_it_is(stage: Stage, tmp_path: Path) -> Non
     (tmp_path / "mine" / "letter.txt").write_text("Dear")
     with pytest.raises(RequestError, match=r"mine holds letter.txt and no intents"):
         store.begin(epath.Path(tmp_path / "mine"), plan)
+    with pytest.raises(RequestError, match=r"letter.txt is a file: choose a directory"):
+        store.begin(epath.Path(tmp_path / "mine" / "letter.txt"), plan)
 
 
 def test_what_is_damaged_is_said(stage: Stage, tmp_path: Path) -> None:
@@ -218,6 +237,25 @@ def test_what_is_damaged_is_said(stage: Stage, tmp_path: Path) -> None:
         open_intents(tmp_path / "intents")
     with pytest.raises(RequestError, match="nowhere holds no intents: make it again with blm data features"):
         open_intents(tmp_path / "nowhere")
+
+
+def test_a_store_that_lost_a_part_is_damaged(stage: Stage, tmp_path: Path) -> None:
+    path = tmp_path / "intents"
+    write_intents(path, stage, SMALL, ONE)
+    layouts, info = path / "layouts.npz", path / store.INFO
+    data = layouts.read_bytes()
+    for broken in (b"", data[: len(data) // 2], b"PK" + data[:100], None):
+        layouts.unlink() if broken is None else layouts.write_bytes(broken)
+        with pytest.raises(RunError, match=r"layouts.npz is damaged: .*; make it again with blm data features"):
+            open_intents(path)
+    layouts.write_bytes(data)
+    content = json.loads(info.read_text())
+    for longest in ({}, {"longest": None}, {"longest": "much"}):
+        info.write_text(json.dumps({name: value for name, value in content.items() if name != "longest"} | longest))
+        with pytest.raises(RunError, match=r"intents.json is damaged: .*; make it again with blm data features"):
+            open_intents(path)
+    info.write_text(json.dumps(content))
+    open_intents(path)
 
 
 READ = """

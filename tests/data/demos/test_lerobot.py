@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,66 @@ def test_rows_are_found_however_a_file_groups_them(tmp_path: Path, monkeypatch: 
             found = opened(path).read(1, NUMBERS, "task").values
             for column in NUMBERS:
                 np.testing.assert_array_equal(found[column], wanted[column])
+
+
+def test_identity_is_of_tasks_and_of_where_videos_lie(tmp_path: Path) -> None:
+    found = {opened(FIXTURES / name).identity for name in SETS}
+    found |= {opened(copied(name, tmp_path)).identity for name in SETS}
+    assert len(found) == 2  # wherever they lie
+    file = tmp_path / "lerobot_v21/meta/tasks.jsonl"
+    first, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(first) | {"task": "another"}), *rest]))
+    found.add(opened(tmp_path / "lerobot_v21").identity)
+    edit_rows(tmp_path / "lerobot_v30", EPISODES, put("videos/observation.images.front/from_timestamp", 1, 0.55))
+    found.add(opened(tmp_path / "lerobot_v30").identity)
+    assert len(found) == 4
+
+
+def test_kept_rows_are_counted_with_what_they_point_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lerobot, "KEPT", 2**20)
+    kept = lerobot._Kept()
+    pictures = [lerobot._numpy(pa.array([{"bytes": bytes(100_000), "path": "x"}] * 4), "front") for _ in range(5)]
+    for i, values in enumerate(pictures):
+        kept.put(i, values)
+    assert list(kept.held) == [3, 4] and 800_000 < kept.size < 810_000
+    kept.put(3, np.zeros(100))  # takes the place of what it replaces
+    assert 400_000 < kept.size < 410_000 and list(kept.held) == [4, 3]
+    kept.put(5, lerobot._numpy(pa.array(["x" * 700_000]), "task"))
+    assert list(kept.held) == [3, 5] and 700_000 < kept.size < 710_000
+
+
+def test_threads_keep_rows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lerobot, "KEPT", 4000)
+    kept, interval = lerobot._Kept(), sys.getswitchinterval()
+
+    def work(seed: int) -> None:
+        for number in np.random.default_rng(seed).integers(0, 9, 4000).tolist():
+            values = kept.get(number)
+            assert values is None or len(values) in (100, 101)
+            kept.put(number, np.zeros(100 + seed % 2))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert kept.size == sum(values.nbytes for values, _ in kept.held.values()) <= 4000
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_of_another_size_than_promised_are_the_sets_fault(workers: int, tmp_path: Path) -> None:
+    """The first episode is bad: the next one shows it."""
+    path = copied("lerobot_v21", tmp_path)
+    (path / "data/chunk-000/episode_000000.parquet").unlink()
+    info = json.loads((path / "meta/info.json").read_text())
+    info["features"]["observation.images.wrist"]["shape"] = [48, 64, 3]
+    (path / "meta/info.json").write_text(json.dumps(info))
+    robot = replace(ARM, cameras=(Camera("front", 64, 64), Camera("wrist", 48, 64)))
+    with pytest.raises(RequestError) as caught:
+        survey([path], robot, workers=workers)
+    says = "pictures observation.images.wrist of episode 1 are 64x64 (height x width), camera wrist is 48x64"
+    assert str(path) in str(caught.value) and says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_pictures_within_parquet(tmp_path: Path) -> None:
@@ -368,6 +430,7 @@ def test_a_set_appears_whole_or_not_at_all(form: Any, tmp_path: Path) -> None:
             (replace(good, images={}), "the pictures of camera base are missing"),
             (replace(good, action=good.action[:3]), "6 observations and 3 actions"),
             (replace(good, state=good.state * np.nan), "not finite"),
+            (replace(good, action=np.full(good.action.shape, 1e39)), "not finite in float32"),
             (replace(good, instruction=" "), "no instruction"),
         ):
             with pytest.raises(RequestError, match=says):
