@@ -43,6 +43,7 @@ class Batch:
     targets: Array  # [rows, length] int32, the token that follows within the example
     weights: Array  # [rows, length] float32, weight of that target in the loss
     vision: VisionRows | None = None
+    sources: Array | None = None  # [rows, length] int32, the corpus an example is from, by which training tells losses apart
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,4 @@ class Moments:
     has_future: Array  # [rows] bool: false past an episode's end, where `future` is a row of nothing
     seen: Prompts | IntentRows
     future: Prompts | IntentRows  # a chunk later
+    task: Array | None = None  # [rows] int32, by which training tells losses apart

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import grain
 import numpy as np
@@ -33,6 +33,25 @@ class Rows(Protocol[Row]):
         ...
 
 
+@runtime_checkable
+class Preparing(Protocol):
+    """Rows with work that is done in one process for all."""
+
+    def ready(self, step: int) -> None:
+        """Said before each batch is read, and before any process is started."""
+        ...
+
+
+def host_rows(batch: int, host: int, hosts: int) -> range:
+    """The rows of every batch that a host reads, of as many hosts."""
+    if batch < 1:
+        raise RequestError(f"a batch has {batch} rows: it must have at least 1")
+    if not 0 <= host < hosts or batch % hosts:
+        raise RequestError(f"a batch of {batch} rows cannot be cut for host {host} of {hosts}: make it a multiple of the hosts")
+    each = batch // hosts
+    return range(host * each, (host + 1) * each)
+
+
 @dataclass(frozen=True)
 class _OfHost:
     """Rows as grain wants them: those of a host, one step after the other."""
@@ -51,12 +70,23 @@ class _OfHost:
 class Loader(Generic[Row]):
     """Batches from step `start` on. `workers` 0 reads with threads of this process; pictures are worth processes."""
 
-    def __init__(self, rows: Rows[Row], *, start: int = 0, host: int = 0, hosts: int = 1, workers: int = 0, ahead: int = 2):
+    def __init__(
+        self,
+        rows: Rows[Row],
+        *,
+        start: int = 0,
+        host: int = 0,
+        hosts: int = 1,
+        own: Sequence[int] | None = None,
+        workers: int = 0,
+        ahead: int = 2,
+    ):
+        """`own` are the rows of each batch that are read; without them, those of a host."""
         if start < 0 or workers < 0 or ahead < 1:
             raise RequestError(f"a loader starts at step {start} with {workers} workers, {ahead} batches ahead: 0, 0 and 1 are the least")
         self.step = start
         self.waited = 0.0  # seconds, for the last batch
-        self._rows, self._own = rows, rows.host_rows(host, hosts)
+        self._rows, self._own = rows, rows.host_rows(host, hosts) if own is None else own
         self._workers, self._ahead = workers, ahead
         self._iterator: Iterator[Any] | None = None
 
@@ -70,6 +100,8 @@ class Loader(Generic[Row]):
     def __next__(self) -> Row:
         start = time.perf_counter()
         try:
+            if isinstance(self._rows, Preparing):
+                self._rows.ready(self.step)
             if self._iterator is None:
                 self._iterator = self._begin()
             parts = [next(self._iterator) for _ in self._own]

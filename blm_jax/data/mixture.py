@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,19 +48,32 @@ class Corpus:
 class Mixture:
     """Records of all corpora, numbered one corpus after the other."""
 
-    def __init__(self, corpora: Sequence[Corpus]):
+    def __init__(self, corpora: Sequence[Corpus], identity: list[Any] | None = None):
+        """`identity`, where it is known: to work it out is to read all lengths."""
         names = [corpus.name for corpus in corpora]
         if not names or len(set(names)) < len(names):
             shown = ", ".join(corpus.shown for corpus in corpora)
             raise RequestError(f"a mixture has different corpora, at least one, not {shown or 'none'}")
         self.corpora = tuple(corpora)
+        self._identity = identity
         self.starts = np.cumsum([0, *(len(corpus.tokens) for corpus in corpora)])  # of each corpus's numbers
         if self.starts[-1] >= 2**32:
             raise RequestError(f"a mixture of {self.starts[-1]} records: it can have {2**32 - 1}")
         if sum(corpus.share * len(corpus.tokens) for corpus in corpora) < 1:
             raise RequestError("the shares of a mixture are so small that an epoch has less than one record: make them larger")
-        self.tokens = np.concatenate([corpus.tokens for corpus in corpora], dtype=np.uint32, casting="unsafe")  # [records]
-        self.patches = np.concatenate([corpus.patches for corpus in corpora], dtype=np.uint32, casting="unsafe")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mixture, (self.corpora, self._identity)
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[records] uint32. Only who makes plans asks for them."""
+        return np.concatenate([corpus.tokens for corpus in self.corpora], dtype=np.uint32, casting="unsafe")
+
+    @cached_property
+    def patches(self) -> np.ndarray:
+        """[records] uint32"""
+        return np.concatenate([corpus.patches for corpus in self.corpora], dtype=np.uint32, casting="unsafe")
 
     def locate(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The corpus of each record, and its number in it."""
@@ -87,9 +101,12 @@ class Mixture:
         del taken
         return records[shuffled(len(records), "records", seed, epoch)]
 
+    @property
     def identity(self) -> list[Any]:
         """What an epoch depends on, the lengths by their digests."""
-        return [[corpus.name, str(corpus.share), len(corpus.tokens), digest(corpus)] for corpus in self.corpora]
+        if self._identity is None:
+            self._identity = [[corpus.name, str(corpus.share), len(corpus.tokens), digest(corpus)] for corpus in self.corpora]
+        return self._identity
 
 
 def _drawn(corpus: Corpus, seed: int, epoch: int) -> list[np.ndarray]:
@@ -162,6 +179,6 @@ def _percent(name: str, text: str) -> Fraction:
 
 
 def _exact(name: str, weight: float) -> Fraction:
-    if isinstance(weight, bool) or not 0 < weight < float("inf"):
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise RequestError(f"mixture: {name} has a weight of {weight}: it must be a number above 0")
     return Fraction(str(weight))

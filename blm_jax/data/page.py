@@ -1,4 +1,4 @@
-"""What all that `blm data inspect` shows has in common: text that is safe on a terminal, histograms, and a page that is one file."""
+"""What pages have in common: text that is safe on a terminal too, histograms, and a page that is one file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from blm_jax.errors import RequestError
 BINS = 12  # of a histogram
 BAR = 40  # characters of its longest bar
 PAGE = "index.html"
-GENERATOR = '<meta name="generator" content="blm data inspect">'
+INSPECT = "blm data inspect"
+GENERATOR = '<meta name="generator" content="{}">'
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 .prompt { white-space: pre-wrap; font-family: monospace; overflow-wrap: anywhere; background: #f6f6f4; padding: 1rem; border-radius: 4px }
@@ -82,21 +83,25 @@ def drawing(lengths: np.ndarray) -> str:
 def page_path(directory: epath.PathLike) -> epath.Path:
     """Where the page goes. Refuses, before any work is done, to write over what is not of this command."""
     path = open_path(directory) / PAGE
-    if path.exists() and (path.is_dir() or GENERATOR.encode() not in path.read_bytes()[:1000]):
+    if path.exists() and (path.is_dir() or GENERATOR.format(INSPECT).encode() not in path.read_bytes()[:1000]):
         raise RequestError(f"{path} is there and not of this command: choose another directory")
     return path
 
 
 def write_page(directory: epath.PathLike, title: str, body: Sequence[str], style: str = "") -> str:
-    """One file that holds all, pictures too. Its path. `body` is HTML, `title` text."""
+    """What `blm data inspect` shows. Its path."""
     path = page_path(directory)
+    write_whole(path, as_page(title, body, style, INSPECT))
+    return os.fspath(path)
+
+
+def as_page(title: str, body: Sequence[str], style: str, command: str) -> bytes:
+    """One file that holds all, pictures too. `body` is HTML, `title` text, `command` what made it."""
     # Nothing is fetched and no script runs, whatever texts hold.
     policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
     name = html.escape(title)
-    head = f'<meta charset="utf-8">{GENERATOR}{policy}<title>{name}</title><style>{STYLE}{style}</style>'
-    page = f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{name}</h1>{"".join(body)}</body></html>\n'
-    write_whole(path, page.encode())
-    return os.fspath(path)
+    head = f'<meta charset="utf-8">{GENERATOR.format(command)}{policy}<title>{name}</title><style>{STYLE}{style}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{name}</h1>{"".join(body)}</body></html>\n'.encode()
 
 
 def picture(pixels: np.ndarray, form: str = "PNG") -> str:

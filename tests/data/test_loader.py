@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blm_jax.batch import Array, VisionRows
-from blm_jax.data.loader import Loader, joined
+from blm_jax.data.loader import Loader, host_rows, joined
 from blm_jax.errors import RequestError
 
 BATCH = 8
@@ -29,7 +29,7 @@ class Telling:
     broken: int = -1  # step that cannot be read
 
     def host_rows(self, host: int, hosts: int) -> range:
-        return range(host * BATCH // hosts, (host + 1) * BATCH // hosts)
+        return host_rows(BATCH, host, hosts)
 
     def read(self, step: int, row: int) -> Told:
         if step == self.broken:
@@ -45,7 +45,7 @@ def taken(count: int, **settings: Any) -> list[Told]:
     return found
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_in_order(workers: int) -> None:
     for step, batch in enumerate(taken(3, start=5, workers=workers), start=5):
         assert batch.step.tolist() == [[step, row] for row in range(BATCH)]
@@ -60,8 +60,34 @@ def test_hosts_cut_a_batch(hosts: int) -> None:
     assert np.array_equal(np.concatenate(parts), taken(2)[1].step)
 
 
+def test_what_cannot_be_cut_is_refused() -> None:
+    for host, hosts in ((0, 3), (2, 2), (-1, 1)):
+        with pytest.raises(RequestError, match=rf"a batch of 8 rows cannot be cut for host {host} of {hosts}: make it a multiple"):
+            host_rows(BATCH, host, hosts)
+    with pytest.raises(RequestError, match="a batch has 0 rows: it must have at least 1"):
+        host_rows(0, 0, 1)
+
+
+@dataclass(frozen=True)
+class Preparing(Telling):
+    """Asks to be told."""
+
+    told: list[int] = field(default_factory=list)
+
+    def ready(self, step: int) -> None:
+        self.told.append(step)
+
+
+def test_rows_are_told_of_each_step() -> None:
+    loader = Loader(rows := Preparing(), start=3)
+    for _ in range(3):
+        next(loader)
+    loader.close()
+    assert rows.told == [3, 4, 5]
+
+
 def test_a_run_goes_on_from_its_state() -> None:
-    loader = Loader(Telling(), workers=2, ahead=3)
+    loader = Loader(Telling(), ahead=3)
     for _ in range(4):
         next(loader)
     state = loader.state()

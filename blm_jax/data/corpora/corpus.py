@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -36,6 +37,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
+from blm_jax.data.chat import Tokenizer
 from blm_jax.data.files import one_line, open_path, read_json
 from blm_jax.data.mixture import Corpus
 from blm_jax.data.prompt import Example, PromptEngine
@@ -97,16 +99,22 @@ def _swapped(messages: Sequence[Mapping[str, Any]], swap: Callable[[Any], Any]) 
 def reading(engine: PromptEngine) -> dict[str, Any]:
     """What the lengths of records depend on: tokenizer, template and sizes of pictures."""
     tokenizer, vision = engine.tokenizer, engine.config.vision
-    vocabulary = sorted(tokenizer.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-    words = json.dumps([vocabulary, tokenizer.encode(PROBE), sorted(tokenizer.names.items())]).encode()
     return {
-        "tokenizer": hashlib.sha256(words).hexdigest(),
+        "tokenizer": _words(tokenizer),
         "template": hashlib.sha256((tokenizer.template or "").encode()).hexdigest(),
         "tokens": dataclasses.asdict(engine.config.tokens),
         # As JSON gives them back.
         "pixels": json.loads(json.dumps(dataclasses.asdict(engine.pixels))),
         "window": [vision.window_patches, vision.merge],
     }
+
+
+@functools.lru_cache(maxsize=4)
+def _words(tokenizer: Tokenizer) -> str:
+    """Half a second, and each corpus of a mixture asks."""
+    vocabulary = sorted(tokenizer.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    said = [vocabulary, tokenizer.encode(PROBE), sorted(tokenizer.names.items())]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +17,7 @@ from blm_jax.data.corpora.budget import Budget, row_budget
 from blm_jax.data.corpora.corpus import PreparedCorpus, open_corpus
 from blm_jax.data.corpora.packing import propose_row_length
 from blm_jax.data.corpora.plan import Sequences
+from blm_jax.data.loader import host_rows
 from blm_jax.data.mixture import Mixture, read_shares
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.data.vision.augment import AugmentConfig, augment, generator
@@ -44,12 +47,16 @@ def open_packed(
     for corpus in corpora.values():
         corpus.check(engine)
     parts = read_shares(shares, {path: corpus.info["tokens"] for path, corpus in corpora.items()})
-    mixture = Mixture([corpus.in_mixture(parts[path]) for path, corpus in corpora.items()])
+    mixture = _mixture(list(corpora.values()), [parts[path] for path in corpora])
     if row_length is None:
         row_length = propose_row_length(mixture, length, engine.config.vision)
     budget = Budget(length, row_budget(row_length, engine.config.vision) if row_length else 0)
     sequences = Sequences(mixture, budget, seed=seed, batch=batch, directory=plans, show=show)
     return PackedRows(list(corpora.values()), sequences, open_engine, row_length, changes or AugmentConfig())
+
+
+def _mixture(corpora: Sequence[PreparedCorpus], shares: Sequence[Fraction], identity: list[Any] | None = None) -> Mixture:
+    return Mixture([corpus.in_mixture(share) for corpus, share in zip(corpora, shares, strict=True)], identity)
 
 
 class PackedRows:
@@ -70,7 +77,10 @@ class PackedRows:
         self.changes = changes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedRows, (self.corpora, self.sequences, self.open_engine, self.row_length, self.changes)
+        # Lengths do not travel: they lie in the corpora.
+        mixture = self.sequences.mixture
+        parts = self.corpora, [corpus.share for corpus in mixture.corpora], mixture.identity
+        return _reopened, (parts, self.sequences.elsewhere(), self.open_engine, self.row_length, self.changes)
 
     @cached_property
     def engine(self) -> PromptEngine:
@@ -78,19 +88,24 @@ class PackedRows:
         return self.open_engine()
 
     def host_rows(self, host: int, hosts: int) -> range:
-        return self.sequences.host_rows(host, hosts)
+        return host_rows(self.sequences.batch, host, hosts)
+
+    def ready(self, step: int) -> None:
+        self.sequences.ready(step)
 
     def read(self, step: int, row: int) -> Batch:
         epoch, number = self.sequences.order(step)[row].tolist()
         records = self.sequences.plan(epoch).sequence(number)
         examples = [self._example(int(record), epoch, number, place) for place, record in enumerate(records)]
-        return collate(
+        batch = collate(
             [examples],
             self.engine.config,
             length=self.sequences.budget.tokens,
             vision_row_length=self.row_length or None,
             levels=levels_of(self.engine.pixels),
         )
+        corpora = np.array([-1, *self.sequences.mixture.locate(np.asarray(records))[0]], np.int32)  # padding is of none
+        return replace(batch, sources=corpora[batch.segments])
 
     def _example(self, record: int, epoch: int, number: int, place: int) -> Example:
         corpus, index = (int(part) for part in self.sequences.mixture.locate(np.array(record)))
@@ -106,6 +121,12 @@ class PackedRows:
                 "prepare the corpus again"
             )
         return example
+
+
+def _reopened(
+    parts: tuple[Sequence[PreparedCorpus], Sequence[Fraction], list[Any]], sequences: Callable[[Mixture], Sequences], *rest: Any
+) -> PackedRows:
+    return PackedRows(parts[0], sequences(_mixture(*parts)), *rest)
 
 
 def _changed(message: Mapping[str, Any], changes: AugmentConfig, random: np.random.Generator) -> dict[str, Any]:

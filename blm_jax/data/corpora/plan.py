@@ -7,14 +7,18 @@ host reads, follow from the step alone: `Sequences`.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import logging
 import os
+import tempfile
 import threading
 import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +30,6 @@ from blm_jax.data.corpora.budget import Budget
 from blm_jax.data.corpora.packing import balanced, check_fits, dealt, pack, pools_of
 from blm_jax.data.files import open_path, write_whole
 from blm_jax.data.mixture import Mixture, shuffled
-from blm_jax.errors import RequestError
 
 VERSION = 1  # of how plans are made: raise it with any change that makes other plans of the same records
 HEADER = 11  # numbers: 8 of the fingerprint, sequences, records, CRC-32 of what follows
@@ -85,25 +88,46 @@ def _arranged(mixture: Mixture, packed: np.ndarray, counts: np.ndarray, seed: in
 
 def fingerprint(mixture: Mixture, budget: Budget, seed: int, epoch: int) -> bytes:
     """SHA-256 of all that a plan depends on."""
-    said = [VERSION, mixture.identity(), budget.tokens, budget.patches, seed, epoch]
+    said = [VERSION, mixture.identity, budget.tokens, budget.patches, seed, epoch]
     return hashlib.sha256(json.dumps(said).encode()).digest()
 
 
 def stored_plan(directory: epath.PathLike, mixture: Mixture, budget: Budget, seed: int, epoch: int, *, show: bool = False) -> Plan:
     """The plan from its file in `directory`; where there is none, or a damaged one, it is made and written.
 
-    A local file is mapped into memory, so that the processes of a host share it.
+    A local file is mapped into memory, so that the processes of a host share it, and one of them makes it while the others wait.
     """
-    identity = fingerprint(mixture, budget, seed, epoch)
+    return _kept(directory, fingerprint(mixture, budget, seed, epoch), lambda: make_plan(mixture, budget, seed, epoch, show=show))
+
+
+def _kept(directory: epath.PathLike, identity: bytes, make: Callable[[], Plan]) -> Plan:
     path = open_path(directory) / f"plan-{identity.hex()[:16]}.npy"
-    if path.exists():
-        try:
-            return _read(path, identity)
-        except (OSError, ValueError, EOFError) as error:
-            logging.getLogger(__name__).warning("%s is damaged and is made anew: %s", path, error)
-    plan = make_plan(mixture, budget, seed, epoch, show=show)
-    write_whole(path, _to_bytes(plan, identity))
-    return plan
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return _read(path, identity)
+    with _alone(path.parent):
+        if path.exists():
+            try:
+                return _read(path, identity)  # made meanwhile
+            except (OSError, ValueError, EOFError) as error:
+                logging.getLogger(__name__).warning("%s is damaged and is made anew: %s", path, error)
+        plan = make()
+        write_whole(path, _to_bytes(plan, identity))
+        return plan
+
+
+@contextlib.contextmanager
+def _alone(directory: epath.Path) -> Iterator[None]:
+    """One process of a machine at a time, where the file system can tell; if it cannot, plans are made more often than needed."""
+    with contextlib.ExitStack() as stack:
+        if "://" not in os.fspath(directory):
+            import fcntl
+
+            with contextlib.suppress(OSError):
+                directory.mkdir(parents=True, exist_ok=True)
+                place = os.open(directory, os.O_RDONLY)
+                stack.callback(os.close, place)
+                fcntl.flock(place, fcntl.LOCK_EX)
+        yield
 
 
 def _to_bytes(plan: Plan, identity: bytes) -> bytes:
@@ -138,42 +162,91 @@ def _read(path: epath.Path, identity: bytes) -> Plan:
 class Sequences:
     """The packed sequences of all epochs in a row, and the batches that training takes from it, `batch` rows a step.
 
-    Everything is a function of the seed and a number: nothing remembers what was read, and the number of hosts only cuts the
-    batch. A batch that reaches beyond an epoch's end is filled from the next, so no record is left out.
+    Everything is a function of the seed and a number: nothing remembers what was read, and hosts only cut the batch. A batch that
+    reaches beyond an epoch's end is filled from the next, so no record is left out.
+
+    Plans are made here and mapped by the processes these sequences travel to, by way of a temporary directory if none was named.
     """
 
     def __init__(
-        self, mixture: Mixture, budget: Budget, *, seed: int, batch: int, directory: epath.PathLike | None = None, show: bool = False
+        self,
+        mixture: Mixture,
+        budget: Budget,
+        *,
+        seed: int,
+        batch: int,
+        directory: epath.PathLike | None = None,
+        show: bool = False,
+        ends: tuple[int, ...] = (),
     ):
-        if batch < 1:
-            raise RequestError(f"a batch has {batch} rows: it must have at least 1")
         self.mixture = mixture
         self.budget = budget
         self.seed = seed
         self.batch = batch
         self.directory = directory  # of the plans' files; None: plans are made and not kept
         self.show = show
-        self._ends: list[int] = []  # of each epoch known, in sequences since the first
-        self._plans: dict[int, Plan] = {}  # the last ones asked for
+        self._ends = list(ends)  # of each epoch known, in sequences since the first
+        self._plans: dict[int, Future[Plan]] = {}  # the last ones asked for
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.RLock()  # threads that read ahead do not make a plan twice
+        self._lent: tempfile.TemporaryDirectory | None = None  # where other processes find plans, if not in `directory`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # To worker processes without plans: these they map from the files.
-        make = functools.partial(Sequences, seed=self.seed, batch=self.batch, directory=self.directory)
-        return make, (self.mixture, self.budget)
+        return self.elsewhere(), (self.mixture,)
+
+    def elsewhere(self) -> Callable[[Mixture], Sequences]:
+        """Makes these sequences of the same mixture in another process of this machine."""
+        settings = {"seed": self.seed, "batch": self.batch, "directory": self._mapped(), "ends": tuple(self._ends)}
+        return functools.partial(Sequences, budget=self.budget, **settings)
+
+    def _mapped(self) -> str:
+        """A directory of this machine with all plans that are known here: none is read from a bucket by every process."""
+        if self.directory is not None and "://" not in os.fspath(self.directory):
+            return os.fspath(self.directory)
+        with self._lock:
+            if self._lent is None:
+                self._lent = tempfile.TemporaryDirectory(prefix="blm-plans-")
+                for epoch, asked in self._plans.items():
+                    _kept(self._lent.name, self._identity(epoch), asked.result)
+            return self._lent.name
+
+    def ready(self, step: int) -> None:
+        """To be said as a batch is about to be read: the next epoch's plan is made while the second half of its own is read."""
+        self.locate((step + 1) * self.batch - 1)
+        epoch, number = self.locate(step * self.batch)
+        if 2 * number >= self._ends[epoch] - self._first(epoch):
+            self._asked(epoch + 1)
 
     def plan(self, epoch: int) -> Plan:
-        with self._lock:
-            if epoch not in self._plans:
-                _keep_last(self._plans, 1)
-                self._plans[epoch] = self._make(epoch)
-            return self._plans[epoch]
+        return self._asked(epoch).result()
 
-    def _make(self, epoch: int) -> Plan:
-        if self.directory is None:
-            return make_plan(self.mixture, self.budget, self.seed, epoch, show=self.show)
-        return stored_plan(self.directory, self.mixture, self.budget, self.seed, epoch, show=self.show)
+    def _asked(self, epoch: int) -> Future[Plan]:
+        """The plan, which a thread of its own makes."""
+        with self._lock:
+            asked = self._plans.get(epoch)
+            if asked is None or (asked.done() and asked.exception()):
+                self._plans.pop(epoch, None)
+                _keep_last(self._plans, 1)
+                asked = self._plans[epoch] = Future()
+                # Where it is kept is settled here: who lends plans holds the lock, and waits for those that are being made.
+                directories = [place for place in (self.directory, self._lent and self._lent.name) if place is not None]
+                threading.Thread(target=self._make, args=(epoch, directories, asked), daemon=True).start()
+            return asked
+
+    def _make(self, epoch: int, directories: list[epath.PathLike], asked: Future[Plan]) -> None:
+        try:
+            make = functools.partial(make_plan, self.mixture, self.budget, self.seed, epoch, show=self.show)
+            for directory in directories:
+                make = functools.partial(_kept, directory, self._identity(epoch), make)
+            asked.set_result(make())
+        except BaseException as error:
+            asked.set_exception(error)
+
+    def _identity(self, epoch: int) -> bytes:
+        return fingerprint(self.mixture, self.budget, self.seed, epoch)
+
+    def _first(self, epoch: int) -> int:
+        return self._ends[epoch - 1] if epoch else 0
 
     def locate(self, index: int) -> tuple[int, int]:
         """The epoch of a sequence counted from the first of all, and its number in the plan of that epoch."""
@@ -181,7 +254,7 @@ class Sequences:
             while not self._ends or index >= self._ends[-1]:
                 self._ends.append(sum(self._ends[-1:]) + len(self.plan(len(self._ends))))
         epoch = bisect.bisect_right(self._ends, index)
-        return epoch, index - (self._ends[epoch - 1] if epoch else 0)
+        return epoch, index - self._first(epoch)
 
     def order(self, step: int) -> np.ndarray:
         """Epoch and number of the sequence in each row of a step's batch, [batch, 2]: parts of the batch have equal work."""
@@ -209,16 +282,9 @@ class Sequences:
         epoch, number = self.order(step)[row].tolist()
         return self.plan(epoch).sequence(number)
 
-    def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[np.ndarray]:
-        """Records of the rows that a host reads of a step's batch."""
-        return [self.row(step, row) for row in self.host_rows(host, hosts)]
-
-    def host_rows(self, host: int, hosts: int) -> range:
-        """The rows of every batch that a host reads."""
-        if self.batch % hosts:
-            raise RequestError(f"{hosts} hosts cannot share a batch of {self.batch} rows evenly: choose a multiple of {hosts}")
-        each = self.batch // hosts
-        return range(host * each, (host + 1) * each)
+    def rows(self, step: int) -> list[np.ndarray]:
+        """Records of all rows of a step's batch."""
+        return [self.row(step, row) for row in range(self.batch)]
 
 
 def _keep_last(cache: dict[int, Any], count: int) -> None:

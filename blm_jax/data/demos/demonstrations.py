@@ -11,6 +11,7 @@ Every step whose action was taken begins a window. Which window of a mixture com
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +25,7 @@ from blm_jax.config import PolicyConfig
 from blm_jax.configfile import suggest
 from blm_jax.data.demos.episodes import BadEpisode, Source
 from blm_jax.data.demos.observation import Observation
+from blm_jax.data.demos.order import windows
 from blm_jax.data.demos.robots import Robot, action_mask, pad, state_mask
 from blm_jax.data.demos.sets import Episode, check_layout, open_set, read_episode, read_pictures
 from blm_jax.data.demos.statistics import Statistics, encode_actions, encode_state
@@ -82,8 +84,8 @@ class Demonstrations:
         return episode, index - int(self._starts[episode])
 
     def in_mixture(self, name: str, share: Fraction = Fraction(1)) -> Corpus:
-        """As a part of a `mixture.Mixture`, in which each window counts as one."""
-        return Corpus(name, np.ones(len(self), np.uint8), np.zeros(len(self), np.uint8), share)
+        """As a part of a `mixture.Mixture`."""
+        return windows(name, len(self), share, os.fspath(self.source.path))
 
     def episode(self, number: int) -> Episode:
         return self._read(number, lambda: read_episode(self.source, self.robot, number))

@@ -357,6 +357,8 @@ class Intents:
                 with path.open("rb") as file:
                     file.seek(first - begin)
                     data = np.frombuffer(file.read(last - first), np.uint8)
+                if len(data) != last - first:
+                    raise OSError(f"it holds {first - begin + len(data)} of {end - begin} bytes")
             else:
                 mapped = _mapped(os.fspath(path), stamp(path))
                 if len(mapped) != end - begin:

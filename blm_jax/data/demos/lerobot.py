@@ -31,7 +31,7 @@ from etils import epath
 from PIL import Image
 
 from blm_jax.data.demos import frames as video
-from blm_jax.data.demos.episodes import TASK, BadEpisode, Rows, Stamp, marks, stamp
+from blm_jax.data.demos.episodes import TASK, BadEpisode, Rows, Source, Stamp, marks, stamp
 from blm_jax.data.files import one_line, read_json
 from blm_jax.errors import RequestError
 
@@ -61,13 +61,8 @@ def is_lerobot(path: epath.Path) -> bool:
     return (path / INFO).exists()
 
 
-class LeRobot:
+class LeRobot(Source):
     """A set on disk. See `episodes.Source`."""
-
-    hz: float | None
-    columns: Mapping[str, int]
-    cameras: Mapping[str, tuple[int | None, int | None]]
-    texts: Sequence[str]
 
     def __init__(self, path: epath.Path):
         self.path = path
@@ -88,12 +83,8 @@ class LeRobot:
             raise RequestError(f"{self._info} promises {promised} episodes, but {self.count} are listed in {path / 'meta'}")
         self._described = json.dumps(info, sort_keys=True)
 
-    @property
-    def identity(self) -> str:
-        return self._identity
-
     @cached_property
-    def _identity(self) -> str:
+    def identity(self) -> str:
         listed = [[one.index, one.length, one.tasks, one.data, sorted(one.videos.items())] for one in self._episodes]
         names = {name for one in self._episodes for name in (one.data, *(file for file, _ in one.videos.values()))}
         # Statistics tell sets apart that differ in their numbers alone, in the middle of large files.

@@ -9,7 +9,6 @@ Which moment is row r of step s, which version of it is shown, and all that is i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,16 +20,18 @@ from tqdm import tqdm
 
 from blm_jax.batch import IntentRows, Moments, Prompts
 from blm_jax.config import Instruction, PolicyConfig
+from blm_jax.configfile import suggest
 from blm_jax.data.corpora.corpus import reading
 from blm_jax.data.demos.demonstrations import Demonstrations, Window, training_rows
 from blm_jax.data.demos.episodes import BadEpisode, Source
 from blm_jax.data.demos.intents import FrameSet, Intents, Plan
 from blm_jax.data.demos.observation import Observation, encode, prompts_of
 from blm_jax.data.demos.order import WindowOrder
-from blm_jax.data.demos.robots import Robot
+from blm_jax.data.demos.robots import Robot, action_mask, state_mask
 from blm_jax.data.demos.sets import Episode, read_pictures
-from blm_jax.data.demos.statistics import Statistics
-from blm_jax.data.demos.survey import fingerprint
+from blm_jax.data.demos.statistics import Statistics, check_statistics
+from blm_jax.data.demos.survey import digest, fingerprint
+from blm_jax.data.loader import host_rows
 from blm_jax.data.mixture import Mixture, read_shares
 from blm_jax.data.prompt import PromptEngine
 from blm_jax.data.vision.augment import AugmentConfig, augment, generator
@@ -215,9 +216,7 @@ class MomentRows:
         self.statistics = dict(statistics)
 
     def host_rows(self, host: int, hosts: int) -> range:
-        if not 0 <= host < hosts or self.batch % hosts:
-            raise RequestError(f"a batch of {self.batch} cannot be cut for host {host} of {hosts}: make it a multiple of the hosts")
-        return range(host * self.batch // hosts, (host + 1) * self.batch // hosts)
+        return host_rows(self.batch, host, hosts)
 
     def read(self, step: int, row: int) -> Moments:
         sight = step * self.batch + row
@@ -226,7 +225,7 @@ class MomentRows:
         window, seen, future = view.read(index, sight)
         robots = {window.robot: view.demonstrations.robot}
         robot_rows, made = training_rows([window], robots, self.statistics, self.policy)
-        return Moments(robot_rows, made, np.array([window.has_future]), seen, future)
+        return Moments(robot_rows, made, np.array([window.has_future]), seen, future, np.array([which], np.int32))
 
 
 def open_moments(
@@ -250,11 +249,16 @@ def open_moments(
     what the backbone must have computed with.
     """
     augmentation = augmentation or Augmentation(seed=seed)
+    for one in sets:
+        _check_known(one, statistics, policy)
+    if shares is None:
+        shares = [1] * len(sets)
+    if len(shares) != len(sets):
+        raise RequestError(f"there are {len(sets)} sets of demonstrations and {len(shares)} shares: give each set one, in the same order")
     paths = [f"{one.source.path} as {one.robot.name}" for one in sets]
     if len(set(paths)) < len(paths):
         raise RequestError("a set of demonstrations is named twice for one robot: give it a larger share")
-    given = dict(zip(paths, [1.0] * len(sets) if shares is None else shares, strict=True))
-    parts = read_shares(given, dict(zip(paths, map(len, sets), strict=True)))
+    parts = read_shares(dict(zip(paths, shares, strict=True)), dict(zip(paths, map(len, sets), strict=True)))
     # By what they hold: the order of a run does not depend on where its sets lie.
     names = [f"{one.robot.name} {one.source.identity}" for one in sets]
     mixture = Mixture([one.in_mixture(name, parts[path]) for name, path, one in zip(names, paths, sets, strict=True)])
@@ -274,6 +278,18 @@ def open_moments(
     return MomentRows(views, WindowOrder(mixture, seed), statistics, policy, batch)
 
 
+def _check_known(one: Demonstrations, statistics: Mapping[str, Statistics], policy: PolicyConfig) -> None:
+    """What the first row would find lacking, said at the door."""
+    robot, known = one.robot, ", ".join(statistics) or "none"
+    if robot.name not in policy.robots:
+        raise RequestError(f"the policy has no robot {robot.name}{suggest(robot.name, policy.robots)}: add it to policy.robots")
+    if robot.name not in statistics:
+        raise RequestError(f"{one.source.path}: of robot {robot.name} there are no statistics, only of {known}: read its survey too")
+    check_statistics(statistics[robot.name], robot)
+    state_mask(robot, policy.embodiment.state_width)
+    action_mask(robot, policy.horizon, policy.embodiment.action_width)
+
+
 def _of_robot(robot: Robot, intents: Sequence[Intents]) -> Intents:
     found = [one for one in intents if one.plan.robot == robot.name]
     if len(found) != 1:
@@ -289,19 +305,15 @@ def key_of(
     told = [f"{name} {value:g}" for name, value in asdict(changes).items() if value]
     return {
         "backbone": backbone,
-        "backbone config": _digest(asdict(engine.config)),  # the same weights mean something else with another
+        "backbone config": digest(asdict(engine.config)),  # the same weights mean something else with another
         "dtype": dtype,
-        "processor": _digest(reading(engine)),
+        "processor": digest(reading(engine)),
         "place of the instruction": policy.instruction,
         "robot entry": fingerprint(robot),
         "block": str(policy.intent_block),
         "augmentation": ", ".join([*told, f"seed {augmentation.seed}"]) if told else "none",
         "number of versions": str(augmentation.versions if changes.changes else 1),
     }
-
-
-def _digest(value: Any) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # --- every frame once, for what makes intents ----------------------------------------------------------------------------------
@@ -314,19 +326,19 @@ def used_frames(sets: Sequence[Demonstrations], *, show: bool = False) -> tuple[
     actions: list[np.ndarray] = []
     with tqdm(total=sum(map(len, sets)), unit=" steps", desc="numbers", disable=None if show else True) as bar:
         for one in sets:
-            frames, counts, index = [0] * one.episodes, [0] * one.episodes, 0
-            while index < len(one):
-                number, _ = one.locate(index)
+            frames = []
+            for number, count in enumerate(one.actions):
+                if not count:
+                    frames.append(0)
+                    continue
                 episode = one.episode(number)
-                count = len(episode.action)
                 # A window looks ahead to the observation after the last action, if the episode has it and is long enough.
                 ahead = int(count >= one.robot.horizon and count < len(episode.state))
-                frames[number], counts[number] = count + ahead, count
+                frames.append(count + ahead)
                 states.append(episode.state[: count + ahead])
                 actions.append(np.pad(episode.action, ((0, ahead), (0, 0))))
-                index += count
                 bar.update(count)
-            made.append(FrameSet(os.fspath(one.source.path), one.source.identity, tuple(frames), tuple(counts)))
+            made.append(FrameSet(os.fspath(one.source.path), one.source.identity, tuple(frames), tuple(one.actions)))
     return tuple(made), np.concatenate(states), np.concatenate(actions)
 
 

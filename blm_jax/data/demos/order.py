@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from blm_jax.data.mixture import Mixture
+from blm_jax.data.mixture import Corpus, Mixture
 from blm_jax.errors import RequestError
 
 
+def windows(name: str, count: int, share: Fraction = Fraction(1), path: str = "") -> Corpus:
+    """So many windows as a part of a mixture, in which each counts as one. They take no memory."""
+    one, none = (np.broadcast_to(np.uint8(value), count) for value in (1, 0))
+    return Corpus(name, one, none, share, path)
+
+
 class WindowOrder:
-    """Epochs one behind the other, each shuffled and drawn by the shares of the mixture."""
+    """Epochs one behind the other, each shuffled and drawn by the shares of the mixture. It pickles to a few numbers."""
 
     def __init__(self, mixture: Mixture, seed: int):
         self.mixture, self.seed = mixture, seed
         self._epoch = lru_cache(maxsize=2)(lambda epoch: mixture.draws(seed, epoch))
 
-    def __reduce__(self) -> tuple[type[WindowOrder], tuple[Mixture, int]]:
-        return WindowOrder, (self.mixture, self.seed)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _order, ([(corpus.name, len(corpus.tokens), corpus.share, corpus.path) for corpus in self.mixture.corpora], self.seed)
 
     def _start(self, epoch: int) -> int:
         """The number of the epoch's first window. Where a share is no whole number of windows, epochs differ in length by one."""
@@ -36,3 +45,7 @@ class WindowOrder:
         record = self._epoch(epoch)[number - self._start(epoch)]
         corpus, window = self.mixture.locate(np.asarray(record, np.int64))
         return int(corpus), int(window)
+
+
+def _order(parts: Sequence[tuple[str, int, Fraction, str]], seed: int) -> WindowOrder:
+    return WindowOrder(Mixture([windows(*part) for part in parts]), seed)

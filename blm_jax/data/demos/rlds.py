@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from PIL import Image
 
-from blm_jax.data.demos.episodes import BadEpisode, Recording, Rows, Stamp, marks, stamp
+from blm_jax.data.demos.episodes import BadEpisode, Recording, Rows, Source, Stamp, marks, stamp
 from blm_jax.data.demos.robots import Robot
 from blm_jax.data.files import one_line, read_json, read_text
 from blm_jax.errors import RequestError
@@ -48,13 +48,8 @@ def rlds_directory(path: epath.Path) -> epath.Path | None:
     return below[0] if below else None
 
 
-class Rlds:
+class Rlds(Source):
     """A set on disk. See `episodes.Source`."""
-
-    hz: float | None
-    columns: Mapping[str, int]
-    cameras: Mapping[str, tuple[int | None, int | None]]
-    texts: Sequence[str]
 
     def __init__(self, path: epath.Path):
         self.path = path
@@ -88,12 +83,8 @@ class Rlds:
         hz = metadata.get(HZ)
         self.hz = float(hz) if isinstance(hz, (int, float)) and not isinstance(hz, bool) and 0 < hz < math.inf else None
 
-    @property
-    def identity(self) -> str:
-        return self._identity
-
     @cached_property
-    def _identity(self) -> str:
+    def identity(self) -> str:
         files = {place.name: place for place in map(epath.Path, self._files)}
         return hashlib.sha256(json.dumps([self._described, marks(files)]).encode()).hexdigest()
 

@@ -199,7 +199,17 @@ def _beyond_limits(what: str, running: Running, dimensions: Sequence[Dimension],
 
 def fingerprint(robot: Robot) -> str:
     """Of all that decides what numbers are read as."""
-    return "sha256:" + hashlib.sha256(json.dumps(asdict(robot), sort_keys=True).encode()).hexdigest()
+    return digest(asdict(robot))
+
+
+def digest(value: Any) -> str:
+    """Of what JSON can say; of 3 and 3.0, which are equal, the same."""
+
+    def number(text: str) -> float:
+        return float(text) + 0.0  # -0.0 is 0.0
+
+    alike = json.loads(json.dumps(value), parse_int=number, parse_float=number)
+    return "sha256:" + hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()
 
 
 def write_survey(path: epath.PathLike, found: Survey) -> None:

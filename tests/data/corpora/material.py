@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Iterable
@@ -20,7 +21,9 @@ from blm_jax.data.vision.pixels import read_pixel_config
 CONFIG = BackboneConfig(VisionConfig(2, 64, 4, 128, 64, (1,)), DecoderConfig(2, 64, 4, 2, 128, 151936, True, (2, 3, 3)))
 
 
+@functools.lru_cache(maxsize=4)
 def open_engine(model: str) -> PromptEngine:
+    """A vocabulary takes half a second to read."""
     return PromptEngine(CONFIG, load_tokenizer(model), read_pixel_config(model))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ import pytest
 from blm_jax.batch import Batch
 from blm_jax.data import command
 from blm_jax.data.collate import collate
+from blm_jax.data.corpora import plan as plan_module
 from blm_jax.data.corpora.corpus import open_corpus
 from blm_jax.data.corpora.packed import PackedRows, open_packed
-from blm_jax.data.loader import Loader
+from blm_jax.data.loader import Loader, Rows
 from blm_jax.data.vision.augment import AugmentConfig
 from blm_jax.data.vision.pixels import levels_of
 from blm_jax.errors import RequestError, RunError
@@ -24,7 +27,7 @@ from tests.data.corpora.material import asked, open_engine, write_lines, write_s
 from tests.qwen_files import write_tokenizer_files
 
 SHORT = 56 * 56  # pixels: pictures of four visual tokens at most
-RESTARTS = [(1, 2), (2, 1), (4, 0)]  # hosts and workers; the run before has one worker
+RESTARTS = [(2, 1), (4, 0)]  # hosts and workers; the run before has one host and no worker
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def same(one: Batch, other: Batch) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(arrays(one), arrays(other), strict=True))
 
 
-def read(rows: PackedRows, first: int, steps: int, hosts: int = 1, workers: int = 0) -> list[list[np.ndarray]]:
+def read(rows: Rows[Batch], first: int, steps: int, hosts: int = 1, workers: int = 0) -> list[list[np.ndarray]]:
     """The global batches of some steps, put together from what each host reads."""
     parts = []
     for host in range(hosts):
@@ -88,12 +91,61 @@ def test_a_row_holds_its_records(corpora: dict[str, str], model: str) -> None:
 def test_a_restart_elsewhere_reads_the_same(corpora: dict[str, str], model: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"changes": AugmentConfig(crop=0.1, brightness=0.2), "seed": 7}
     rows = packed(corpora, model, **settings)
-    whole = read(rows, 0, 5, workers=1)
+    whole = read(rows, 0, 5)
     assert rows.sequences.locate(5 * 4 - 1)[0] > 0  # the steps reach beyond an epoch
     for stop, (hosts, workers) in enumerate(RESTARTS, start=1):
         rest = read(packed(corpora, model, plans=tmp_path, **settings), stop, 5 - stop, hosts, workers)
         for one, other in zip(whole[stop:], rest, strict=True):
             assert all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forbidden:
+    """Rows that no worker makes a plan for."""
+
+    rows: PackedRows
+
+    def host_rows(self, host: int, hosts: int) -> range:
+        return self.rows.host_rows(host, hosts)
+
+    def ready(self, step: int) -> None:
+        self.rows.ready(step)
+
+    def read(self, step: int, row: int) -> Batch:
+        if multiprocessing.parent_process() is not None:
+            plan_module.make_plan = lambda *_, **__: 1 / 0
+        return self.rows.read(step, row)
+
+
+def test_plans_are_made_here_and_mapped_by_workers(corpora: dict[str, str], model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the ends of epochs too: the next one's is made while this one is read."""
+    made: list[int] = []
+    make = plan_module.make_plan
+    monkeypatch.setattr(plan_module, "make_plan", lambda *args, **kwargs: made.append(args[3]) or make(*args, **kwargs))
+
+    def opened() -> PackedRows:
+        return open_packed({corpora["told"]: 1}, functools.partial(open_engine, model), length=48, batch=2)
+
+    expected, rows = opened(), opened()
+    found = read(Forbidden(rows), 2, 40, workers=2)
+    last = rows.sequences.locate(2 * 42 - 1)[0]
+    assert last > 1 and made == [*range(made[-1] + 1)] and made[-1] in (last, last + 1)
+    for step, arrays_read in enumerate(found, 2):
+        wanted = [arrays(expected.read(step, row)) for row in range(2)]
+        assert all(np.array_equal(x, np.concatenate(y)) for x, y in zip(arrays_read, zip(*wanted, strict=True), strict=True))
+
+
+def test_lengths_do_not_travel(corpora: dict[str, str], model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are not read again: what a worker needs to know of them is in the plan."""
+    rows = packed(corpora, model)
+    rows.ready(0)
+    data = pickle.dumps(rows)
+    for name in ("tokens", "patches"):
+        part = getattr(open_corpus(corpora["seen"]), name)
+        assert np.ascontiguousarray(part).tobytes() not in data and part.astype(np.uint32).tobytes() not in data
+    monkeypatch.setattr(plan_module, "make_plan", lambda *_, **__: pytest.fail("it was made again"))
+    monkeypatch.setattr("blm_jax.data.mixture.digest", lambda _: pytest.fail("lengths were read again"))
+    assert same(pickle.loads(data).read(0, 0), rows.read(0, 0))
 
 
 def test_seeds_and_epochs_change_pictures(corpora: dict[str, str], model: str) -> None:

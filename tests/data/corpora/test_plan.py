@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import pickle
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -23,6 +24,7 @@ from blm_jax.data.corpora import plan as plan_module
 from blm_jax.data.corpora.budget import Budget, row_budget, vision_work
 from blm_jax.data.corpora.packing import balanced, propose_row_length
 from blm_jax.data.corpora.plan import Plan, Sequences, make_plan, stored_plan
+from blm_jax.data.loader import host_rows
 from blm_jax.data.mixture import Corpus, Mixture
 from blm_jax.data.prompt import PromptEngine
 from blm_jax.errors import RequestError
@@ -154,8 +156,8 @@ def test_a_plan_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 # --- batches -------------------------------------------------------------------------------------------------------------
 
 
-def batch_of(sequences: Sequences, step: int, hosts: int = 1) -> list[list[int]]:
-    return [row.tolist() for host in range(hosts) for row in sequences.rows(step, host, hosts)]
+def batch_of(sequences: Sequences, step: int) -> list[list[int]]:
+    return [row.tolist() for row in sequences.rows(step)]
 
 
 def new(batch: int = 8, directory: Path | None = None, seed: int = 3) -> Sequences:
@@ -195,11 +197,9 @@ def test_batches_of_any_number_of_hosts_are_one(tmp_path: Path) -> None:
     for hosts in (1, 2, 4, 8):
         parts = [new(directory=tmp_path if hosts > 1 else None) for _ in range(hosts)]
         for step in range(15 * hosts.bit_length() - 15, 15 * hosts.bit_length()):
-            slices = [[row.tolist() for row in part.rows(step, host, hosts)] for host, part in enumerate(parts)]
+            slices = [[part.row(step, row).tolist() for row in host_rows(8, host, hosts)] for host, part in enumerate(parts)]
             assert {len(part) for part in slices} == {8 // hosts}
             assert [row for part in slices for row in part] == whole[step]
-    with pytest.raises(RequestError, match="3 hosts cannot share a batch of 8 rows evenly"):
-        new().rows(0, 0, 3)
 
 
 def test_seeds_differ_and_batches_are_balanced() -> None:
@@ -217,16 +217,71 @@ def test_tiny_mixtures_fill_batches_from_many_epochs() -> None:
 
 
 def test_sequences_go_to_other_processes_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the plans that are known and without; threads read ahead."""
+    made = counted(monkeypatch)
     sequences = new(directory=tmp_path)
+    alone = new()
+    pickle.dumps(alone)  # somebody else was started: from now on plans are kept
     expected = [batch_of(sequences, step) for step in range(40)]
-    copy = pickle.loads(pickle.dumps(sequences))
-    made = []
-    kept = plan_module.stored_plan
-    monkeypatch.setattr(plan_module, "stored_plan", lambda *args, **kwargs: made.append(args[-1]) or kept(*args, **kwargs))
+    assert [batch_of(alone, step) for step in range(40)] == expected
+    last = sequences.locate(40 * 8 - 1)[0]
+    assert made == [*range(last + 1)] * 2 and last
+    copies = [pickle.loads(pickle.dumps(one)) for one in (sequences, alone, pickle.loads(pickle.dumps(alone)))]
+    for copy in copies:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda step, copy=copy: batch_of(copy, step), range(40))) == expected
+    assert len(made) == 2 * last + 2
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs whose plans are made from now on."""
+    made: list[int] = []
+    make = plan_module.make_plan
+    monkeypatch.setattr(plan_module, "make_plan", lambda *args, **kwargs: made.append(args[3]) or make(*args, **kwargs))
+    return made
+
+
+def test_the_next_plan_is_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, sequences = counted(monkeypatch), new()
+    first = len(sequences.plan(0))
+    assert first > 40
+    sequences.ready(0)
+    sequences.ready(first // 2 // 8 - 1)
+    assert made == [0]
+    sequences.ready(first // 2 // 8 + 1)
+    sequences.plan(1)
+    sequences.ready(first // 8)
+    sequences.ready(first // 8 + 1)
+    assert made == [0, 1]
+
+
+def test_one_of_many_makes_a_plan_and_the_others_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = counted(monkeypatch)
+    make = plan_module.make_plan
+    monkeypatch.setattr(plan_module, "make_plan", lambda *args, **kwargs: time.sleep(0.2) or make(*args, **kwargs))
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda step: batch_of(copy, step), range(40)))
-    assert found == expected
-    assert len(made) == len(set(made)) == 1 + max(sequences.locate(40 * 8 - 1)[0], 0)
+        plans = list(pool.map(lambda _: stored_plan(tmp_path, mixture(), BUDGET, 0, 0), range(8)))
+    assert made == [0] and all(same(plan, plans[0]) for plan in plans)
+
+
+def test_plans_are_lent_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = counted(monkeypatch)
+    make, begin = plan_module.make_plan, threading.Event()
+    monkeypatch.setattr(plan_module, "make_plan", lambda *args, **kwargs: begin.wait(60) and make(*args, **kwargs))
+    sequences = new()
+    sequences._asked(0)
+    threading.Timer(0.1, begin.set).start()
+    copy = pickle.loads(pickle.dumps(sequences))
+    assert same(copy.plan(0), sequences.plan(0)) and made == [0]
+
+
+def test_a_plan_that_could_not_be_made_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = new()
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module, "make_plan", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sequences.plan(0)
+    assert same(sequences.plan(0), make_plan(mixture(), BUDGET, 3, 0))
 
 
 def test_a_sequence_takes_less_than_a_millisecond() -> None:
@@ -238,11 +293,6 @@ def test_a_sequence_takes_less_than_a_millisecond() -> None:
         sequences.row(step, step % 64)
         taken.append(time.perf_counter() - start)
     assert len(taken) > 100 and np.median(taken) < 1e-3
-
-
-def test_wrong_batch() -> None:
-    with pytest.raises(RequestError, match="a batch has 0 rows"):
-        new(0)
 
 
 # --- with real records ---------------------------------------------------------------------------------------------------

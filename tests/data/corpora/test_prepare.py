@@ -91,7 +91,7 @@ def test_what_is_in_it(expected: dict[str, bytes]) -> None:
 
 
 def test_processes_make_the_same(source: Path, expected: dict[str, bytes], prepare: Any, model_files: Path, tmp_path: Path) -> None:
-    prepare(source, tmp_path / "out", workers=3, open_engine=functools.partial(open_engine, str(model_files)))
+    prepare(source, tmp_path / "out", workers=2, open_engine=functools.partial(open_engine, str(model_files)))
     assert contents(tmp_path / "out") == expected
 
 

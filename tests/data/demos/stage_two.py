@@ -19,7 +19,6 @@ from blm_jax.data.demos.moments import Augmentation, FrameRows, MomentRows, Prom
 from blm_jax.data.demos.robots import Robot
 from blm_jax.data.demos.statistics import Statistics
 from blm_jax.data.demos.survey import Survey, survey
-from blm_jax.data.prompt import PromptEngine
 from tests.data.corpora.material import open_engine
 from tests.data.demos import recordings
 from tests.data.demos.recordings import write
@@ -40,12 +39,6 @@ SMALL, ARM = ROBOTS.values()
 # Some episodes are shorter than a chunk; RLDS has an observation after the last action, LeRobot has none.
 LENGTHS = {"small": [5, 2, 9], "my_arm": [6, 3]}
 BACKBONE = "sha256:" + "1" * 64
-
-
-@functools.cache
-def open_once(model: str) -> PromptEngine:
-    """A vocabulary takes half a second to read."""
-    return open_engine(model)
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ class Stage:
         return [self.open(name, ahead=ahead) for name in ROBOTS]
 
     def engine(self) -> functools.partial[Any]:
-        return functools.partial(open_once, self.model)
+        return functools.partial(open_engine, self.model)
 
     def moments(self, *, batch: int = 4, intents: Sequence[Intents] = (), **settings: Any) -> MomentRows:
         settings = {"room": 8, "shares": [1, "150 %"], "backbone": BACKBONE, **settings}
@@ -89,7 +82,7 @@ def hidden_of(number: int, tokens: int) -> np.ndarray:
 
 
 def write_intents(
-    path: Path, stage: Stage, robot: Robot, augmentation: Augmentation, form: Form = "float32", per_shard: int = 6
+    path: Path | str, stage: Stage, robot: Robot, augmentation: Augmentation, form: Form = "float32", per_shard: int = 6
 ) -> Intents:
     """A whole store of a set, written frame by frame."""
     one = stage.open(robot.name, ahead=False)

@@ -22,12 +22,12 @@ from blm_jax.data.demos import episodes
 from blm_jax.data.demos.demonstrations import Demonstrations, Window, open_demonstrations, training_rows
 from blm_jax.data.demos.episodes import Recording
 from blm_jax.data.demos.observation import check
-from blm_jax.data.demos.order import WindowOrder
+from blm_jax.data.demos.order import WindowOrder, windows
 from blm_jax.data.demos.recorder import Form, Recorder
 from blm_jax.data.demos.robots import Camera, Column, Columns, Dimension, Robot, find_robot, load_robots, render
 from blm_jax.data.demos.sets import check_layout, open_set
 from blm_jax.data.demos.statistics import from_arrays
-from blm_jax.data.demos.survey import Survey, read_survey, survey, write_survey
+from blm_jax.data.demos.survey import Survey, fingerprint, read_survey, survey, write_survey
 from blm_jax.data.mixture import Mixture, read_shares
 from blm_jax.errors import RequestError, RunError
 from tests.data.demos.recordings import ARM, DIMENSIONS, FIXTURES, SMALL, copied, record, write
@@ -190,6 +190,17 @@ def test_a_survey_is_read_back_and_checked(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_equal_numbers_have_one_fingerprint() -> None:
+    """A limit of 3 in Python is 3.0 once it was read from a file."""
+
+    def limited(*limits: Any) -> Robot:
+        return replace(SMALL, state=(Dimension("joint6", "rad", *limits), SMALL.state[1]))
+
+    assert fingerprint(limited(-3, 0)) == fingerprint(limited(-3.0, 0.0)) == fingerprint(limited(-3.0, -0.0))
+    others = [limited(-3, 0), limited(-3, 1e-9), limited(-3.5, 0), replace(limited(-3, 0), horizon=4), replace(limited(-3, 0), hz=11)]
+    assert len({fingerprint(robot) for robot in others}) == len(others)
+
+
 def test_a_set_that_changed_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "set", SMALL, LENGTHS)
     write(tmp_path / "other", SMALL, [6, 3, 9])
@@ -327,6 +338,9 @@ def test_mixtures_draw_by_weight_and_are_numbered(tmp_path: Path) -> None:
     assert [WindowOrder(mixture, seed=8)[i] for i in range(50)] != drawn[:50]
     with pytest.raises(RequestError, match="counted from 0"):
         _ = order[-1]
+    many = WindowOrder(Mixture([windows("many", 10**6), windows("more", 10**6, Fraction(1, 10**6))]), seed=7)
+    assert len(pickle.dumps(many)) < 500
+    assert pickle.loads(pickle.dumps(many))[5] == many[5]
 
 
 @pytest.mark.parametrize("share", [Fraction(1), Fraction(2), Fraction(1, 3), Fraction(7, 3)])

@@ -17,8 +17,9 @@ from PIL import Image
 
 from blm_jax.cli import main
 from blm_jax.data.chat import Tokenizer
+from blm_jax.data.demos import inspect_episodes
 from blm_jax.data.demos.episode_page import plot
-from blm_jax.data.demos.inspect_episodes import MOST_READ, Line, Values
+from blm_jax.data.demos.inspect_episodes import Line, Values
 from blm_jax.data.demos.recorder import Form, Recorder
 from blm_jax.data.demos.robots import Dimension, render
 from blm_jax.weights.policy import write_policy
@@ -251,17 +252,20 @@ def test_bad_episodes_are_shown_with_their_reason(robots: str, tmp_path: Path, c
     assert len(read_page(tmp_path / "page").sections) == 2
 
 
-def test_of_many_episodes_some_are_read_unless_a_survey_knows_them(robots: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_many_episodes_some_are_read_unless_a_survey_knows_them(
+    robots: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect_episodes, "MOST_READ", 20)
     with Recorder(tmp_path / "set", SMALL) as recorder:
-        for i in range(MOST_READ + 44):
+        for i in range(30):
             recorder.add(record(SMALL, 1 + i % 3))
     assert main(inspect(tmp_path / "set", "small", robots, "--count", "1")) == 0
-    assert f"{MOST_READ + 44} episodes of robot small, of which {MOST_READ} were read\n" in capsys.readouterr().out
+    assert "30 episodes of robot small, of which 20 were read\n" in capsys.readouterr().out
     stats = str(tmp_path / "small.json")
     assert main(["data", "stats", str(tmp_path / "set"), "--robot", "small", "--robots-file", robots, "--out", stats]) == 0
     capsys.readouterr()
     assert main(inspect(tmp_path / "set", "small", robots, "--count", "1", "--stats", stats, "--json")) == 0
-    assert told(capsys)["lengths"] == [[1, 1, 100], [2, 2, 100], [3, 3, 100]]
+    assert told(capsys)["lengths"] == [[1, 1, 10], [2, 2, 10], [3, 3, 10]]
 
 
 @pytest.mark.parametrize(

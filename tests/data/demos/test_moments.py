@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from blm_jax.batch import IntentRows, Moments, Prompts
+from blm_jax.config import EmbodimentConfig
 from blm_jax.data.collate import collate
 from blm_jax.data.demos.demonstrations import training_rows
 from blm_jax.data.demos.intents import Intents
-from blm_jax.data.demos.moments import Augmentation, MomentRows
+from blm_jax.data.demos.moments import Augmentation, MomentRows, open_moments
 from blm_jax.data.demos.observation import Observation, intent_tokens, messages_for
 from blm_jax.data.loader import Loader
 from blm_jax.data.vision.augment import AugmentConfig
@@ -184,6 +185,30 @@ def test_a_batch_of_robots_is_one(stage: Stage) -> None:
     assert set(batch.robots.robot.tolist()) == {0, 2}
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"statistics": {}}, r"small: of robot small there are no statistics, only of none: read its survey too"),
+        ({"statistics": ["small"]}, r"my_arm: of robot my_arm there are no statistics, only of small: read its survey too"),
+        ({"robots": ("small", "panda")}, "the policy has no robot my_arm; it has|the policy has no robot my_arm: add it to policy.robots"),
+        ({"horizon": 3}, "robot my_arm has chunks of 4 steps, the policy of 3: lower its horizon or raise policy.horizon"),
+        ({"embodiment": EmbodimentConfig(state_width=6, action_width=8)}, "robot my_arm has 7 state dimensions, the policy room for 6"),
+    ],
+)
+def test_robots_that_the_policy_does_not_know(stage: Stage, changes: dict[str, Any], said: str) -> None:
+    known = changes.pop("statistics", list(ROBOTS))
+    statistics = {name: stage.statistics[name] for name in known}
+    with pytest.raises(RequestError, match=said) as caught:
+        open_moments(stage.sets(), statistics, replace(POLICY, **changes), stage.engine(), batch=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_of_another_layout(stage: Stage) -> None:
+    wrong = {"small": stage.statistics["small"], "my_arm": replace(stage.statistics["my_arm"], horizon=5)}
+    with pytest.raises(RequestError, match="the statistics do not match robot my_arm: their horizon is 5, its horizon is 4"):
+        open_moments(stage.sets(), wrong, POLICY, stage.engine(), batch=4)
+
+
 def test_bytes_travel_and_engines_do_not(stage: Stage) -> None:
     rows = stage.moments()
     first = rows.read(0, 1)
@@ -197,7 +222,11 @@ def test_what_cannot_be_read(stage: Stage, intents: list[Intents]) -> None:
         view.prompter.shape = replace(view.prompter.shape, length=20)  # pyright: ignore
     with pytest.raises(RequestError, match=r"step \d: the prompt has \d+ tokens, and 20 is the length of all: make room for"):
         rows.read(0, 0)
-    with pytest.raises(RequestError, match="a batch of 4 cannot be cut for host 0 of 3"):
+    with pytest.raises(RequestError, match="there are 2 sets of demonstrations and 1 shares: give each set one, in the same order"):
+        stage.moments(shares=[1])
+    with pytest.raises(RequestError, match=r"mixture: .*small as small has a weight of None: it must be a number above 0"):
+        stage.moments(shares=[None, 1])
+    with pytest.raises(RequestError, match="a batch of 4 rows cannot be cut for host 0 of 3"):
         Loader(stage.moments(), hosts=3)
     with pytest.raises(RequestError, match="there are no intents of my_arm: make them with blm data features"):
         stage.moments(augmentation=TWO, intents=intents[:1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -237,12 +237,14 @@ robots = st.lists(names, min_size=1, max_size=3, unique=True).flatmap(
 )
 
 
+@settings(max_examples=40)
 @given(robots)
 def test_json_brings_back_equal_robots_in_order(made: dict[str, Robot]) -> None:
     back = from_json(json.loads(json.dumps(to_json(made))), "config.json")
     assert back == made and list(back) == list(made)
 
 
+@settings(max_examples=40)
 @given(robot())
 def test_what_is_rendered_loads_as_the_same(tmp_path_factory: pytest.TempPathFactory, made: Robot) -> None:
     file = tmp_path_factory.getbasetemp() / "rendered_robots.yaml"
