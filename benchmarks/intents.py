@@ -28,7 +28,7 @@ import numpy as np
 from _harness import Result, Run, check, progress
 
 from blm_jax.batch import Moments
-from blm_jax.config import BackboneConfig, ComputeConfig, Dtype, TokenConfig
+from blm_jax.config import BackboneConfig, ComputeConfig, Dtype, MeshConfig, TokenConfig
 from blm_jax.data.chat import load_tokenizer
 from blm_jax.data.demos import intents as store
 from blm_jax.data.demos.demonstrations import Demonstrations, open_demonstrations
@@ -81,22 +81,27 @@ class Sides:
         import jax.numpy as jnp
         import optax
 
+        from blm_jax import mesh as meshes
         from blm_jax.models.mllm import random_params, with_params
-        from blm_jax.models.policy import policy_with_params, random_policy
-        from blm_jax.train.step import begin, step
+        from blm_jax.models.policy import random_policy
+        from blm_jax.train.stages import StageTwo
+        from blm_jax.train.step import begin, make_step
 
         # The tokenizer's words, whatever the benchmark's model knows.
         backbone = replace(sizes.backbone, decoder=replace(sizes.backbone.decoder, vocab=152064), tokens=TokenConfig())
         compute = ComputeConfig(dtype=dtype)
         self.block = sizes.policy.intent_block
-        self.backbone = with_params(backbone, compute, random_params(backbone, jnp.dtype(dtype), None, 0))
+        self.mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+        weights = random_params(backbone, jnp.dtype(dtype), self.mesh, 0)
+        self.backbone = with_params(backbone, compute, weights)
         optimizer = optax.adamw(1e-4)
-        policy = policy_with_params(sizes.policy, compute, random_policy(sizes.policy, seed=0))
+        policy = {"policy": random_policy(sizes.policy, mesh=self.mesh, seed=0)}
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(policy))
-        self.dit_parameters = sum(leaf.size for leaf in jax.tree.leaves(policy.dit))
-        self.learner = jax.jit(partial(begin, optimizer=optimizer))(policy)
-        self.step = jax.jit(partial(step, optimizer=optimizer))
-        self.keys = jax.random.key(0)
+        self.dit_parameters = sum(leaf.size for leaf in jax.tree.leaves(policy["policy"]["dit"]))
+        self.state = begin(policy, policy["policy"]["bridge"], optimizer, self.mesh)
+        stage = StageTwo(backbone, sizes.policy, compute, tasks=1)
+        self.frozen = {False: {}, True: {"backbone": weights}}  # by whether it looks
+        self.steps = {looks: make_step(stage, optimizer, self.mesh, self.state, frozen, seed=0) for looks, frozen in self.frozen.items()}
 
         sys.path.insert(0, str(ROOT))
         from tests.qwen_files import write_tokenizer_files
@@ -153,13 +158,23 @@ class Sides:
     def run(self, side: str, steps: int) -> tuple[float, np.ndarray]:
         import jax
 
-        backbone = self.backbone if side == ONLINE else None
         start = time.perf_counter()
         for number in range(steps):
             moments: Moments = self.ready[number % len(self.ready)] if side == MEMORY else next(self.loaders[side])
-            self.learner, found = self.step(self.learner, backbone, jax.tree.map(jax.numpy.asarray, moments), self.keys)
-        jax.block_until_ready((self.learner, found))
-        return (time.perf_counter() - start) / steps, np.asarray(found.total(self.learner.policy.config.objective))
+            self.state, report = self._step(self.state, moments, looks=side == ONLINE)
+        jax.block_until_ready(report)
+        return (time.perf_counter() - start) / steps, np.array(self._losses(report))
+
+    def _step(self, state: Any, moments: Moments, *, looks: bool) -> tuple[Any, Any]:
+        from blm_jax import mesh as meshes
+
+        with meshes.use(self.mesh):
+            return self.steps[looks](state, self.frozen[looks], meshes.put(moments, self.mesh))
+
+    def _losses(self, report: Any) -> list[float]:
+        from blm_jax.train.step import mean
+
+        return [float(mean(report.told[name])) for name in ("action", "future")]
 
     def compare(self) -> float:
         """How far the losses of the first step are from each other."""
@@ -168,9 +183,8 @@ class Sides:
         found = {}
         for side in (MEMORY, CACHED, ONLINE):
             moments = self.ready[0] if side == MEMORY else next(self.loaders[side])
-            backbone = self.backbone if side == ONLINE else None
-            _, losses = self.step(self.learner, backbone, jax.tree.map(jax.numpy.asarray, moments), self.keys)
-            found[side] = np.array(losses.means())
+            copy = jax.tree.map(lambda leaf: leaf.copy(), self.state)  # a step uses up what it is given
+            found[side] = np.array(self._losses(self._step(copy, moments, looks=side == ONLINE)[1]))
         check(np.array_equal(found[MEMORY], found[CACHED]), "the first step", f"losses are {found[MEMORY]} and {found[CACHED]}")
         return float(np.abs(found[ONLINE] / found[CACHED] - 1).max())
 

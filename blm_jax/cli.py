@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from blm_jax.accelerators import has_tpu, settle_platform
 from blm_jax.commands import OutputClosed, parse, say
-from blm_jax.errors import RequestError, RunError
+from blm_jax.errors import RequestError, RunError, StoppedError
 
-INTERRUPTED = 128 + 2
+INTERRUPTED, STOPPED = 128 + 2, 128 + 15
 # Each is set by one kind of launcher for every process it starts: Slurm's srun, Open MPI's mpirun, an indexed Kubernetes job.
 LAUNCHER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX")
 
@@ -43,7 +43,7 @@ def entry() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 2 the request is wrong, 1 it failed on the way."""
+    """The exit code: 0 done, 2 the request is wrong, 1 it failed on the way, 143 it was asked to stop and can go on."""
     process = 0
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
@@ -60,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + 13
     except KeyboardInterrupt:
         return INTERRUPTED
+    except StoppedError as stop:
+        if process == 0:
+            print(f"blm: {stop}", file=sys.stderr)
+        return STOPPED
     except Exception as error:
         return _report(error, process)
 

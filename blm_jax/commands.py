@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blm_jax.errors import RequestError
+from blm_jax.errors import RequestError, RunError
 
 Result = dict[str, Any] | None
 
@@ -55,6 +57,7 @@ def _generate(args: argparse.Namespace, process: int) -> Result:
         system=args.system,
         sampling=sampling,
         hardware=_hardware(args),
+        backbone=args.backbone,
         on_text=show if args.stream else None,
     )
     if process == 0 and (args.stream or not args.json):
@@ -86,6 +89,7 @@ def _act(args: argparse.Namespace, process: int) -> Result:
         delay=args.delay,
         out=args.out,
         hardware=_hardware(args),
+        backbone=args.backbone,
     )
     if process == 0 and not args.json:
         say(f"{result['path']}: {result['observations']} observations, {result['samples']} chunks each of {result['horizon']} steps")
@@ -95,15 +99,46 @@ def _act(args: argparse.Namespace, process: int) -> Result:
 def _convert(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.convert import command
 
-    result = command.convert(args.src, args.dst, to=args.to, max_shard_bytes=args.max_shard_size)
+    result = command.convert(args.src, args.dst, to=args.to, max_shard_bytes=args.max_shard_size, backbone=args.backbone)
     if process == 0 and not args.json:
         say(f"{result['out']}: {result['tensors']} tensors, {result['bytes'] / 1e9:.2f} GB, {result['seconds']:.1f} s")
     return result
 
 
+def _train(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.configfile import load_as
+    from blm_jax.errors import StoppedError
+    from blm_jax.recipe import Run
+    from blm_jax.train import command
+
+    files = [args.config, *([args.hardware] if args.hardware else [])]
+    result = command.train_run(load_as(Run, *files, overrides=args.overrides))
+    if result["stopped"]:
+        raise StoppedError(f"{result['out']}: stopped as asked after step {result['step']}, and saved: the same command goes on")
+    if process == 0 and not args.json:
+        say(f"{result['out']}: {result['step']} steps")
+    return result
+
+
+def _plan(args: argparse.Namespace, process: int) -> Result:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # what is here computes nothing
+    from blm_jax.plan.command import plan_run, read_plan
+
+    files = [args.config, *([args.hardware] if args.hardware else [])]
+    result = plan_run(read_plan(files, args.overrides), args.topology, which=args.program, rows=args.rows, sweep=args.sweep)
+    text, no = result.pop("text"), result.pop("no")
+    if not args.json:
+        say(text)
+    if no:  # an answer too, which the exit code repeats
+        if args.json:
+            say(json.dumps(result))
+        raise RunError(no)
+    return result
+
+
 def _data_prepare(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.data import command
-    from blm_jax.infer.engine import open_engine
+    from blm_jax.weights.engine import open_engine
 
     result = command.prepare(
         source=args.source,
@@ -123,7 +158,7 @@ def _data_prepare(args: argparse.Namespace, process: int) -> Result:
 
 def _data_inspect(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.data import command
-    from blm_jax.infer.engine import instruction_of, open_engine
+    from blm_jax.weights.engine import instruction_of, open_engine
 
     if command.is_corpus(args.path):
         _refuse(args, ("robot", "robots_file", "stats", "episodes"), "is a corpus of conversations")
@@ -190,6 +225,30 @@ def _data_features(args: argparse.Namespace, process: int) -> Result:
     return result
 
 
+def _eval_openloop(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.evaluate.openloop import Request, openloop
+
+    request = Request(
+        model=args.model,
+        sets=tuple(args.sets),
+        robot=args.robot,
+        robots_files=tuple(args.robots_file),
+        episodes=None if args.episodes is None else tuple(args.episodes),
+        count=args.count,
+        every=args.every,
+        samples=args.samples,
+        seed=args.seed,
+        steps=args.steps,
+        out=args.out,
+        hardware=_hardware(args),
+    )
+    result = openloop(request)
+    text = result.pop("text")
+    if process == 0 and not args.json:
+        say(text)
+    return result
+
+
 def _bench(args: argparse.Namespace, process: int) -> Result:
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     names = sorted(script.stem for script in folder.glob("*.py") if not script.stem.startswith("_"))
@@ -226,6 +285,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(_command(commands, "generate", _generate, "answer a prompt about text, images and videos"))
     _add_act(_command(commands, "act", _act, "sample chunks of actions for recorded observations"))
+    _add_train(_command(commands, "train", _train, "train the backbone on conversations, or the policy on demonstrations"))
+    plan = "compile a run for chips that are not there: does it fit, what is sent, how fast can it be"
+    _add_plan(_command(commands, "plan", _plan, plan, uses_jax=False))
+    _add_eval(commands.add_parser("eval", help="how well a MODEL does", description="How well a MODEL does."))
     _add_convert(_command(commands, "convert", _convert, "bring weights to the Hugging Face layout or to a checkpoint"))
     _add_data(commands.add_parser("data", help="what is done to data before training", description="What is done to data before training."))
     bench = _command(commands, "bench", _bench, "run a benchmark beside its peer", uses_jax=False)
@@ -351,6 +414,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (all)")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens that hold P of the probability (1)")
     parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same answer (0)")
+    _add_backbone(parser)
     _add_hardware(parser)
     parser.add_argument("--stream", action="store_true", help="print the answer as it grows")
 
@@ -371,8 +435,61 @@ def _add_act(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
     parser.add_argument("--last", metavar="FILE.npz", help="go on from these chunks, of which as many steps as they say are executed")
     parser.add_argument("--delay", type=int, default=0, metavar="D", help="steps of them that will be executed meanwhile, and are kept (0)")
+    _add_backbone(parser)
     _add_hardware(parser)
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="where the chunks go, in the robot's own units")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a run as YAML, local or in a bucket; configs/train/ has some")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="in place of what it says, such as optimizer.rate=1e-5")
+    parser.add_argument("--hardware", metavar="FILE", help="mesh, remat, rows at once and compiler options; configs/hardware/ has some")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a run as YAML, or a model alone, which is planned for generation")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="in place of what it says, such as hardware.compute.remat=full")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:16x16, v5p:4x4x4, or 2xv5p:4x4x4 for two slices")
+    parser.add_argument("--hardware", metavar="FILE", help="mesh, remat, rows at once and compiler options; configs/hardware/ has some")
+    parser.add_argument(
+        "--program",
+        choices=("train", "sampling", "generation", "all"),
+        default="all",
+        help="a step, what acts, what answers, or what the run is for (all)",
+    )
+    parser.add_argument("--rows", type=_at_least_one, metavar="N", help="observations or prompts at once (one a device with rows of its own)")
+    parser.add_argument("--sweep", action="store_true", help="the step on each mesh of the chips, with and without remat")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_eval_openloop(_command(commands, "openloop", _eval_openloop, "compare a policy's chunks with what was done in recorded episodes"))
+
+
+def _add_eval_openloop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory with a policy/, or a training checkpoint; local or in a bucket")
+    parser.add_argument("sets", nargs="+", metavar="SET", help="directories of demonstrations, best ones that nothing was learned from")
+    parser.add_argument("--robot", required=True, metavar="NAME", help="one of the policy's robots: whose demonstrations they are")
+    parser.add_argument(
+        "--robots-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="robots of yours: must be those stored with the policy; may be repeated",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--episodes", type=_numbers, metavar="I,J", help="numbers of each set's episodes, from 0 (all)")
+    which.add_argument("--count", type=_at_least_one, metavar="N", help="so many of each set, evenly spread")
+    parser.add_argument("--every", type=_at_least_one, metavar="N", help="steps between those looked at (as the robot executes of a chunk)")
+    parser.add_argument("--samples", type=_at_least_one, default=1, metavar="N", help="chunks at each step (1)")
+    parser.add_argument("--steps", type=_at_least_one, metavar="N", help="denoising steps (as the policy's config says)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
+    parser.add_argument("--out", metavar="DIR", help="openloop.json, openloop.md and a page with plots, index.html, are written here")
+    _add_hardware(parser)
+
+
+def _add_backbone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", metavar="MODEL", help="where what a training checkpoint left frozen lies, if it was moved")
 
 
 def _add_hardware(parser: argparse.ArgumentParser) -> None:
@@ -391,7 +508,8 @@ def _at_least_one(text: str) -> int:
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a directory in the Hugging Face layout or a checkpoint, local or in a bucket")
     parser.add_argument("dst", metavar="DST", help="a directory that does not exist yet")
-    parser.add_argument("--to", required=True, choices=("hf", "checkpoint"), help="what to write")
+    parser.add_argument("--to", required=True, choices=("hf", "checkpoint", "adapter"), help="what to write; adapter: a LoRA run's for peft")
+    _add_backbone(parser)
     parser.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest safetensors file, such as 5GB or 500MB (5GB)"
     )

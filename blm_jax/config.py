@@ -203,7 +203,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes what is left."""
+    """Devices along each axis; -1 takes what is left. Where devices lie in several slices, `data` goes over them first."""
 
     data: int = 1
     fsdp: int = -1
@@ -228,7 +228,11 @@ class ComputeConfig:
 class HardwareConfig:
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
+    rows_at_once: int = 0  # of a step's batch on a device, the others after them; 0: all
     compiler_options: dict[str, str] = field(default_factory=dict)  # XLA's own names and values
+
+    def __post_init__(self) -> None:
+        _check(self.rows_at_once >= 0, f"hardware.rows_at_once is {self.rows_at_once}: it must be 0, for all rows, or more")
 
 
 @dataclass(frozen=True)

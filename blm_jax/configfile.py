@@ -30,12 +30,17 @@ INCLUDE = "include"  # files at the head of a file, merged in order beneath what
 
 def load(*files: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
     """The experiment that the files describe together, later ones and then the overrides having the last word."""
+    return load_as(Experiment, *files, overrides=overrides)
+
+
+def load_as(cls: type[Tree], *files: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Tree:
+    """The same of any tree."""
     merged: Partial = {}
     for file in files:
-        _merge(merged, _read_file(Experiment, file, ()))
-    _merge_overrides(merged, Experiment, overrides)
+        _merge(merged, _read_file(cls, file, ()))
+    _merge_overrides(merged, cls, overrides)
     sources = [str(file) for file in files] + ["the command line"] * bool(overrides or not files)
-    return _build(Experiment, merged, " and ".join(sources), ())
+    return _build(cls, merged, " and ".join(sources), ())
 
 
 def override(tree: Tree, overrides: Sequence[str]) -> Tree:

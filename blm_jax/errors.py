@@ -1,4 +1,4 @@
-"""The two ways a command can fail, told apart by the command line."""
+"""The ways a command can end early, told apart by the command line."""
 
 
 class RequestError(Exception):
@@ -7,3 +7,7 @@ class RequestError(Exception):
 
 class RunError(Exception):
     """The request was right, but the work failed on the way. Exit code 1."""
+
+
+class StoppedError(Exception):
+    """Asked to stop by a signal, and all is saved: the same command goes on. Exit code 143, as for any process that SIGTERM ends."""

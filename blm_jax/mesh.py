@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from blm_jax.batch import Batch, Chunks, IntentRows, Moments, Prompts, RobotRows, VisionRows
@@ -85,7 +87,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise RequestError(
             f"mesh {shape} (data x fsdp x tensor) does not fit {len(devices)} devices: set mesh.* so that the product is {len(devices)}"
         )
+    if len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) > 1:
+        return hybrid(sizes, devices)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def hybrid(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
+    """Over several slices: the data axis goes across them, the others stay within one, where links are fast."""
+    slices = len({device.slice_index for device in devices})
+    if sizes[0] % slices:
+        raise RequestError(f"mesh.data={sizes[0]} does not divide over {slices} slices: make it a multiple of {slices}")
+    within = (sizes[0] // slices, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, *[1] * len(within[1:])), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 jax.tree_util.register_dataclass(VisionRows, ["patches", "windows", "frames", "places"], ["groups", "levels"])
@@ -119,7 +133,8 @@ def platform() -> str:
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     if _current.get() is None:
         return x
-    return jax.lax.with_sharding_constraint(x, RULES.spec(axes))
+    spec = RULES.spec(axes)
+    return jax.lax.with_sharding_constraint(x, _part(spec, _AUTOMATIC) if _apart.get() else spec)
 
 
 def per_device(function: Callable[..., jax.Array], inputs: Sequence[Axes], like: int) -> Callable[..., jax.Array]:
@@ -131,7 +146,109 @@ def per_device(function: Callable[..., jax.Array], inputs: Sequence[Axes], like:
     if mesh is None:
         return function
     specs = tuple(RULES.spec(axes) for axes in inputs)
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[like], check_vma=False)
+    if not _apart.get():
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[like], check_vma=False)
+    specs = tuple(_part(spec, _AUTOMATIC) for spec in specs)  # rows are apart already
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[like], axis_names=set(_AUTOMATIC), check_vma=False)
+
+
+# --- devices apart: a training step writes out what passes between them -----------------------------------------------------
+
+_ROWS = RULES.table["batch"]
+_AUTOMATIC = tuple(axis for axis in AXES if axis not in _ROWS)  # left to the compiler
+GATHERED = "gathered weights"  # what remat finds them by
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
+
+
+def _part(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
+    """A spec less what it says of other axes."""
+    parts = []
+    for part in spec:
+        kept = tuple(axis for axis in (part if isinstance(part, tuple) else (part,)) if axis in axes)
+        parts.append(kept[0] if len(kept) == 1 else (kept or None))
+    return PartitionSpec(*parts)
+
+
+def by_rows() -> PartitionSpec:
+    """Rows in front, divided over all devices that have rows of their own."""
+    return RULES.spec(("batch",))
+
+
+def copied() -> PartitionSpec:
+    """The same everywhere."""
+    return PartitionSpec()
+
+
+def by_weight(leaf: Any) -> PartitionSpec:
+    """What of a parameter's sharding is no matter of the compiler's while devices are apart."""
+    return _part(leaf.sharding.spec, _ROWS)
+
+
+def rows_apart(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`function` as one device runs it on its own rows; `inputs` and `outputs` are trees of specs.
+
+    Weights come as the device's shard: `whole` gathers them where they are used, and the gradient of that scatters slopes back
+    the way they came. So what is sent is what is written, once a use, and not what a compiler infers.
+    """
+
+    def local(*arguments: Any) -> Any:
+        token = _apart.set(True)
+        try:
+            return function(*arguments)
+        finally:
+            _apart.reset(token)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=set(_ROWS), check_vma=False)
+
+
+class Divided(NamedTuple):
+    """How a parameter lies where devices are apart; dimensions count from the end, so they are a layer's and its stack's."""
+
+    gathered: int  # the dimension that has to be gathered before the parameter is used
+    automatic: int | None  # the dimension that the compiler divides
+
+
+def divided(axes: Axes, shape: tuple[int, ...]) -> Divided | None:
+    """None where a parameter is whole."""
+    mesh = _current.get()
+    if not _apart.get() or mesh is None or mesh.shape["fsdp"] == 1:
+        return None
+    spec = param_sharding(mesh, axes, shape).spec
+    found = {part: i - len(shape) for i, part in enumerate(spec) if part is not None}
+    return Divided(found["fsdp"], found.get("tensor")) if "fsdp" in found else None
+
+
+def whole(shard: jax.Array, lies: Divided) -> jax.Array:
+    """Gathered by rows of memory, whichever dimension it is: the TPU compiler scatters only such back, and sums up others whole.
+
+    Where the compiler divides another dimension, this one is gathered for each of those parts: left to itself, it would join the
+    parts first.
+    """
+    mesh = _current.get()
+    at, beside = lies.gathered % shard.ndim, lies.automatic
+
+    def gather(part: jax.Array) -> jax.Array:
+        joined = jax.lax.all_gather(jax.numpy.moveaxis(part, at, 0), "fsdp", tiled=True)
+        return jax.numpy.moveaxis(joined, 0, at)
+
+    if beside is not None and mesh is not None and mesh.shape["tensor"] > 1:
+        spec = PartitionSpec(*("tensor" if i == beside % shard.ndim else None for i in range(shard.ndim)))
+        gather = jax.shard_map(gather, in_specs=spec, out_specs=spec, axis_names=set(_AUTOMATIC), check_vma=False)
+    return checkpoint_name(gather(shard), GATHERED)
+
+
+def total(tree: Any) -> Any:
+    """Summed over all rows of the batch."""
+    return jax.lax.psum(tree, _ROWS)
+
+
+def total_slopes(slopes: Any, specs: Any) -> Any:
+    """Summed over the devices that share a shard of the weights; those that hold other shards were summed on the way back."""
+
+    def one(slope: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.psum(slope, tuple(axis for axis in _ROWS if axis not in spec))
+
+    return jax.tree.map(one, slopes, specs)
 
 
 def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
@@ -141,6 +258,16 @@ def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedShard
         if part == "fsdp" and shape[i] % mesh.shape["fsdp"]:
             parts[i] = None
     return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def of_one_number_a_row(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Where something lies that belongs to a parameter, but has size 1 along some of its dimensions."""
+    parts = [None if size == 1 else part for size, part in zip(shape, [*sharding.spec, *[None] * len(shape)], strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts))
 
 
 def of_one_layer(stacked: Sharding) -> Sharding | None:
@@ -155,6 +282,35 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES.table["batch"]]))
 
 
+def tensor_parts(mesh: Mesh) -> int:
+    """Into how many parts heads are divided."""
+    return mesh.shape["tensor"]
+
+
+def rows_of_process(mesh: Mesh, count: int) -> list[int]:
+    """Of a batch of so many rows, those that devices of this process hold."""
+    places = NamedSharding(mesh, by_rows()).addressable_devices_indices_map((count,))
+    return sorted({row for index in places.values() if index for row in range(*index[0].indices(count))})
+
+
+def put_rows(batch: Any, mesh: Mesh, own: Sequence[int], count: int) -> Any:
+    """A batch of `count` rows of which this process holds its `own` alone. Leaves may have several rows for each of them."""
+    sharding = NamedSharding(mesh, by_rows())
+    place = {row: i for i, row in enumerate(own)}
+
+    def leaf(x: np.ndarray) -> jax.Array:
+        each = len(x) // len(own)
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = (index or (slice(None),))[0].indices(count * each)
+            first = place[start // each] * each
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((count * each, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(leaf, batch)
+
+
 def put(batch: Any, mesh: Mesh | None) -> Any:
     """Host arrays with rows in front, to their devices. Every process holds the whole batch and gives its own rows."""
     if mesh is None:
@@ -163,9 +319,9 @@ def put(batch: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index, x=x: np.asarray(x)[index]), batch)
 
 
-def serving(config: BackboneConfig) -> MeshConfig:
+def serving(config: BackboneConfig, devices: int | None = None) -> MeshConfig:
     """The mesh for answering where none is asked for: weights stay where they are, divided by heads as far as that goes."""
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else devices
     tensor = int(np.gcd(count, np.gcd.reduce(list(_divided_by_tensor(config).values()))))
     return MeshConfig(data=count // tensor, fsdp=1, tensor=tensor)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 from flax import nnx
 
-from blm_jax.config import BackboneConfig, ComputeConfig, MeshConfig
-from blm_jax.configfile import load, render
+from blm_jax.config import BackboneConfig, ComputeConfig, MeshConfig, PolicyConfig
+from blm_jax.configfile import load, load_as, render
 from blm_jax.mesh import make_mesh
 from blm_jax.models.mllm import Mllm, abstract_params
+from blm_jax.recipe import Run
+from blm_jax.train.outline import outline
 
 ROOT = Path(__file__).parent.parent
 MODELS = sorted((ROOT / "configs" / "model").glob("*.yaml"))
 HARDWARE = sorted((ROOT / "configs" / "hardware").glob("*.yaml"))
+TRAIN = sorted((ROOT / "configs" / "train").glob("*.yaml"))
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)  # every axis divides something
 
 
@@ -55,7 +59,19 @@ def test_hardware(file: Path, request: pytest.FixtureRequest) -> None:
     compare(request, file, render(load(MODELS[0], file).hardware))
 
 
+@pytest.mark.parametrize("file", TRAIN, ids=lambda file: file.stem)
+def test_runs(file: Path, request: pytest.FixtureRequest) -> None:
+    """Every field, and what is trained and what is frozen."""
+    run = load_as(Run, file)
+    two, policy, backbone = run.stage_two, None, run.model
+    if two is not None:
+        policy = two.policy or replace(PolicyConfig(), robots=(*PolicyConfig().robots, two.only))
+        backbone = None if two.intents else backbone
+    found = outline(run, make_mesh(MESH), backbone, policy)
+    compare(request, file, f"{render(run)}\n{found.describe()}\n")
+
+
 def test_every_golden_file_has_its_configuration() -> None:
     golden = ROOT / "tests" / "golden"
-    kept = {file.relative_to(golden).with_suffix("") for folder in ("model", "hardware") for file in (golden / folder).glob("*")}
-    assert kept == {file.relative_to(ROOT / "configs").with_suffix("") for file in MODELS + HARDWARE}
+    kept = {file.relative_to(golden).with_suffix("") for folder in ("model", "hardware", "train") for file in (golden / folder).glob("*")}
+    assert kept == {file.relative_to(ROOT / "configs").with_suffix("") for file in MODELS + HARDWARE + TRAIN}

@@ -62,6 +62,7 @@ HOUSE = (
     ("blm_jax.infer", ("blm_jax.convert", *COMMAND_LINE)),
     ("blm_jax.convert", ("blm_jax.infer", *COMMAND_LINE)),
     ("blm_jax.train", ("blm_jax.infer", "blm_jax.convert", *COMMAND_LINE)),
+    ("blm_jax.evaluate", ("blm_jax.plan", "blm_jax.train", *COMMAND_LINE)),
     ("blm_jax.counts", ("jax", "flax", "blm_jax.models", "blm_jax.data")),
     ("blm_jax.data.vision", ("blm_jax.data.corpora", "blm_jax.data.demos")),
     ("blm_jax.data.corpora", ("blm_jax.data.demos",)),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from etils import epath
@@ -19,35 +20,45 @@ from blm_jax.convert.team import Team
 from blm_jax.data.files import open_path
 from blm_jax.errors import RequestError, RunError
 from blm_jax.weights import checkpoint
+from blm_jax.weights.adapters import AdaptedSource, write_for_peft
 from blm_jax.weights.config_json import read_config_json, with_video_positions
-from blm_jax.weights.fingerprint import combine, hashed_pieces, progress, tensor_bytes
+from blm_jax.weights.hashing import combine, hashed_pieces, progress, tensor_bytes
 from blm_jax.weights.hub import INDEX, asset_names
 from blm_jax.weights.names import Tensor, hub_tensors
 from blm_jax.weights.policy import POLICY, check_policy, copy_policy, has_policy, policy_bytes
 from blm_jax.weights.safetensors_file import CODES, PlannedFile, is_local, plan_files
 from blm_jax.weights.source import PathLike, Source, open_source
+from blm_jax.weights.trained import TrainedSource
 
-Form = Literal["hf", "checkpoint"]
+Form = Literal["hf", "checkpoint", "adapter"]
 _WRITERS = 2  # pieces written at a time, beside the one that is hashed
 
 
-def convert(src: PathLike, dst: PathLike, to: Form, *, max_shard_bytes: int = 5_000_000_000) -> dict[str, Any]:
-    """Write the MODEL at `src` to a new directory `dst`: as a Hugging Face directory or as an orbax checkpoint.
+def convert(
+    src: PathLike, dst: PathLike, to: Form, *, max_shard_bytes: int = 5_000_000_000, backbone: PathLike | None = None
+) -> dict[str, Any]:
+    """Write the MODEL at `src` to a new directory `dst`: as a Hugging Face directory or as an orbax checkpoint; of one trained with
+    low-rank adapters, which both of these have added to the weights, the adapters alone.
 
-    A policy beside the backbone travels with it, byte for byte.
+    A policy beside the backbone travels with it, byte for byte. Of a training checkpoint each tensor gets the dtype of the base's;
+    `backbone` says where the base lies if it was moved.
     In a run of several processes each of them calls this and writes a part. Returns what `blm convert --json` prints.
     """
-    if to not in ("hf", "checkpoint"):
-        raise RequestError(f"--to {to}: it must be hf or checkpoint")
+    if to not in get_args(Form):
+        raise RequestError(f"--to {to}: it must be hf, checkpoint or adapter")
     if max_shard_bytes < 1:
         raise RequestError(f"files of at most {max_shard_bytes} bytes hold nothing; give a larger size")
     started = time.monotonic()
     team = Team.of_all_processes()
     target = team.together(lambda: open_path(dst))
-    source = team.together(lambda: open_source(src))
+    source = team.together(lambda: open_source(src, backbone))
+    if to == "adapter":
+        return _adapter(source, src, target, team)
     tensors = hub_tensors(source.entries)
     total = sum(tensor_bytes(source, tensor) for tensor in tensors)
-    policy = epath.Path(src) / POLICY if has_policy(src) else None
+    policy = src if has_policy(src) else None
+    if isinstance(source, TrainedSource):
+        team.together(lambda: team.leads and source.check_values())
     if policy is not None:
         team.together(lambda: check_policy(src))
     try:
@@ -68,11 +79,22 @@ def convert(src: PathLike, dst: PathLike, to: Form, *, max_shard_bytes: int = 5_
     }
 
 
+def _adapter(source: Source, src: PathLike, target: epath.Path, team: Team) -> dict[str, Any]:
+    if not isinstance(source, AdaptedSource):
+        raise RequestError(f"{src} has no low-rank adapters: it was not trained with lora; convert it --to hf")
+    described = [tensor for entry in source.adapters.entries.values() for tensor in entry.tensors()]
+    size = sum(4 * math.prod(tensor.entry.block) for tensor in described)
+    with Output(target, size, team) as output:
+        if team.leads:
+            write_for_peft(output.directory, source.adapters, source.origin)
+    return {"out": str(target), "to": "adapter", "files": 2, "bytes": size, "tensors": len(described), "seconds": 0.0}
+
+
 @dataclass(frozen=True)
 class _Work:
     source: Source
     tensors: list[Tensor]
-    policy: epath.Path | None
+    policy: PathLike | None  # the MODEL that has one
     directory: epath.Path
     team: Team
 

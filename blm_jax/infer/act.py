@@ -20,11 +20,11 @@ from blm_jax.data.demos.robots import Robot, action_mask, pad, state_mask
 from blm_jax.data.demos.statistics import decode_actions, encode_actions, encode_state
 from blm_jax.data.prompt import PromptEngine
 from blm_jax.errors import RequestError
-from blm_jax.infer.engine import open_engine
 from blm_jax.infer.generate import bucket
 from blm_jax.models.mllm import Mllm, abstract_params, with_params
 from blm_jax.models.objective import Committed, sample
 from blm_jax.models.policy import Policy, abstract_policy, policy_with_params
+from blm_jax.weights.engine import open_engine
 from blm_jax.weights.load import load_params
 from blm_jax.weights.policy import PolicyFiles, check_backbone, load_policy_params, read_policy
 from blm_jax.weights.source import read_config
@@ -62,12 +62,15 @@ class Actor:
         *,
         samples: int = 1,
         seed: int = 0,
+        first: int = 0,
         steps: int | None = None,
         intent: Intent | None = None,
         last: Sequence[Any] | None = None,
         delay: int = 0,
     ) -> list[np.ndarray]:
         """Chunks in the robot's own units and limits, [samples, horizon, dims] for each observation; robots may differ.
+
+        Noise depends on the seed and an observation's number: here they are counted from `first`, so that many may come in parts.
 
         With `intent`, made of these observations or of earlier ones, only their states are read, and the backbone does not run.
 
@@ -88,7 +91,7 @@ class Actor:
         count = seen.mask.shape[0]
         committed = None if left is None else self._committed(left, delay, states, known, count)
         arguments = self._robots(states, known, count), np.uint32(seed), committed
-        options = {"samples": samples, "steps": steps or self.policy.config.objective.steps}
+        options = {"first": np.int32(first), "samples": samples, "steps": steps or self.policy.config.objective.steps}
         with meshes.use(self.mesh):
             if isinstance(seen, IntentRows):
                 made = denoise(self.policy, seen, *arguments, **options)
@@ -145,22 +148,28 @@ class Actor:
         return decode_actions(kept, state, self.files.statistics[robot.name], robot)
 
 
-def load_actor(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None, engine: PromptEngine | None = None) -> Actor:
+def load_actor(
+    path: str,
+    mesh: Mesh | None = None,
+    compute: ComputeConfig | None = None,
+    engine: PromptEngine | None = None,
+    backbone: str | None = None,
+) -> Actor:
     """The policy of a MODEL and the first k blocks of its backbone: nothing above them is read."""
     compute = compute or ComputeConfig()
     files, engine = read_policy(path), engine or open_engine(path)
-    backbone = load_below(path, files.config, mesh, compute)
-    return Actor(backbone, load_policy(path, files, mesh, compute), files, engine, mesh)
+    below = load_below(path, files.config, mesh, compute, backbone)
+    return Actor(below, load_policy(path, files, mesh, compute), files, engine, mesh)
 
 
-def load_below(path: str, policy: PolicyConfig, mesh: Mesh | None, compute: ComputeConfig) -> Mllm:
+def load_below(path: str, policy: PolicyConfig, mesh: Mesh | None, compute: ComputeConfig, backbone: str | None = None) -> Mllm:
     """Of a MODEL's backbone, the blocks that make the intent."""
     config = read_config(path)
     check_backbone(policy, config)
     below = replace(config, decoder=replace(config.decoder, layers=policy.intent_block, tied=True))  # tied: no head to read
     if mesh is not None:
         meshes.check(below, mesh)
-    return with_params(below, compute, load_params(path, abstract_params(below, jnp.dtype(compute.dtype), mesh)))
+    return with_params(below, compute, load_params(path, abstract_params(below, jnp.dtype(compute.dtype), mesh), backbone))
 
 
 def load_policy(path: str, files: PolicyFiles, mesh: Mesh | None, compute: ComputeConfig) -> Policy:
@@ -175,10 +184,18 @@ def look(backbone: Mllm, prompts: Prompts, blocks: int) -> IntentRows:
 
 @partial(jax.jit, static_argnames=("samples", "steps"))
 def denoise(
-    policy: Policy, intent: IntentRows, robots: RobotRows, seed: jax.Array, committed: Committed | None, *, samples: int, steps: int
+    policy: Policy,
+    intent: IntentRows,
+    robots: RobotRows,
+    seed: jax.Array,
+    committed: Committed | None,
+    *,
+    first: jax.Array | int = 0,
+    samples: int,
+    steps: int,
 ) -> jax.Array:
     condition = policy.condition(intent, robots)
-    noise = noise_of(seed, intent.mask.shape[0], samples, policy.config)
+    noise = noise_of(seed, intent.mask.shape[0], samples, policy.config, first)
     actions = sample(policy, condition, noise, steps, committed, guided=policy.config.objective.prefix == 0)
     return meshes.constrain(actions, (None, None, None))
 
@@ -192,20 +209,21 @@ def act(
     seed: jax.Array,
     committed: Committed | None,
     *,
+    first: jax.Array | int = 0,
     samples: int,
     steps: int,
 ) -> jax.Array:
     """Both in one program."""
     intent = backbone.intent(prompts, policy.config.intent_block)
-    return denoise(policy, intent, robots, seed, committed, samples=samples, steps=steps)
+    return denoise(policy, intent, robots, seed, committed, first=first, samples=samples, steps=steps)
 
 
-def noise_of(seed: jax.Array | int, rows: int, samples: int, config: PolicyConfig) -> jax.Array:
-    """[rows * samples, horizon, action_width]: decided by the seed, the row and the sample, never by the mesh or the batch."""
+def noise_of(seed: jax.Array | int, rows: int, samples: int, config: PolicyConfig, first: jax.Array | int = 0) -> jax.Array:
+    """[rows * samples, horizon, action_width]: decided by the seed, the row, counted from `first`, and the sample; never by the mesh."""
     shape = (config.horizon, config.embodiment.action_width)
 
     def draw(row: jax.Array, number: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), number), shape)
 
-    drawn = jax.vmap(lambda row: jax.vmap(lambda number: draw(row, number))(jnp.arange(samples)))(jnp.arange(rows))
+    drawn = jax.vmap(lambda row: jax.vmap(lambda number: draw(row, number))(jnp.arange(samples)))(first + jnp.arange(rows))
     return drawn.reshape(rows * samples, *shape)

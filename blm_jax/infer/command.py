@@ -16,9 +16,9 @@ from blm_jax.data.demos.observation import check, check_last, check_output, read
 from blm_jax.data.demos.robots import check_stored
 from blm_jax.data.prompt import PromptEngine, user_turn
 from blm_jax.infer.act import load_actor
-from blm_jax.infer.engine import open_engine
 from blm_jax.infer.session import load
 from blm_jax.mesh import make_mesh
+from blm_jax.weights.engine import open_engine
 from blm_jax.weights.policy import read_policy
 
 
@@ -31,6 +31,7 @@ def generate(
     system: str | None,
     sampling: SamplingConfig,
     hardware: HardwareConfig,
+    backbone: str | None,
     on_text: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     start = time.perf_counter()
@@ -39,7 +40,7 @@ def generate(
     engine = open_engine(model)
     mesh = _mesh(hardware, engine)
     request = engine.encode(messages, add_generation_prompt=True)
-    session = load(model, mesh, hardware.compute, engine)
+    session = load(model, mesh, hardware.compute, engine, backbone)
     loaded = time.perf_counter()
     if on_text is None:
         answer = session.generate(request, sampling)
@@ -76,6 +77,7 @@ def act(
     delay: int,
     out: str,
     hardware: HardwareConfig,
+    backbone: str | None,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     check_output(out)
@@ -88,7 +90,7 @@ def act(
     left = None if last is None else read_last(last, known)
     check_last(left, delay, [known] * len(seen), samples, files.config.objective.prefix)
     engine = open_engine(model)
-    actor = load_actor(model, _mesh(hardware, engine), hardware.compute, engine)
+    actor = load_actor(model, _mesh(hardware, engine), hardware.compute, engine, backbone)
     loaded = time.perf_counter()
     chunks = np.stack(actor.sample_actions(seen, [robot] * len(seen), samples=samples, seed=seed, steps=steps, last=left, delay=delay))
     if jax.process_index() == 0:

@@ -38,8 +38,8 @@ from blm_jax.data.prompt import Example
 from blm_jax.data.vision.augment import AugmentConfig
 from blm_jax.errors import RequestError
 from blm_jax.infer.act import Actor, Intent, load_below, load_policy
-from blm_jax.infer.engine import open_engine
 from blm_jax.models.mllm import Mllm
+from blm_jax.weights.engine import open_engine
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.policy import PolicyFiles, check_backbone, read_policy
 from blm_jax.weights.source import read_config

@@ -50,7 +50,7 @@ def bucket(length: int, smallest: int = 64) -> int:
 
 
 @partial(jax.jit, static_argnames=("new", "method"))
-def _prefill(
+def prefill(
     model: Mllm,
     batch: Batch,
     lengths: jax.Array,
@@ -96,7 +96,7 @@ def _append(state: State, logits: jax.Array, stops: Stops, numbers: Numbers, met
 
 
 @partial(jax.jit, static_argnames=("method",), donate_argnames=("state",))
-def _extend(model: Mllm, state: State, until: jax.Array, stops: Stops, numbers: Numbers, *, method: Method) -> State:
+def extend(model: Mllm, state: State, until: jax.Array, stops: Stops, numbers: Numbers, *, method: Method) -> State:
     """Go on until `until` tokens are chosen or every row is done. Streaming calls the same program with a nearer end."""
     new = state.tokens.shape[1]
     places = jnp.arange(state.cache[0].keys.shape[2])
@@ -148,7 +148,7 @@ class Generator:
         seed = np.uint32(sampling.seed)
         # The mesh is in use while a program is called and never while the caller has its turn.
         with meshes.use(self.mesh):
-            state = _prefill(self.model, batch, lengths, positions, seed, stops, numbers, new=bucket(longest, 32), method=method)
+            state = prefill(self.model, batch, lengths, positions, seed, stops, numbers, new=bucket(longest, 32), method=method)
         told = 0
         while True:
             count = int(state.count)
@@ -159,7 +159,7 @@ class Generator:
                 return
             until = longest if every is None else min(count + every, longest)
             with meshes.use(self.mesh):
-                state = _extend(self.model, state, np.int32(until), stops, numbers, method=method)
+                state = extend(self.model, state, np.int32(until), stops, numbers, method=method)
 
     def _inputs(self, examples: Sequence[Example]) -> tuple[Batch, np.ndarray, np.ndarray]:
         shards = meshes.batch_shards(self.mesh)

@@ -20,9 +20,9 @@ from blm_jax.data.files import read_json
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.errors import RequestError
 from blm_jax.infer.act import Actor, Intent, load_policy
-from blm_jax.infer.engine import open_engine
 from blm_jax.infer.generate import Generator
 from blm_jax.models.mllm import Mllm, abstract_params, with_params
+from blm_jax.weights.engine import open_engine
 from blm_jax.weights.load import load_params
 from blm_jax.weights.policy import check_backbone, has_policy, read_policy
 from blm_jax.weights.source import assets_dir, read_config
@@ -150,15 +150,24 @@ def _until(tokens: list[int], stops: set[int]) -> tuple[list[int], bool]:
     return tokens, False
 
 
-def load(path: str, mesh: Mesh | None = None, compute: ComputeConfig | None = None, engine: PromptEngine | None = None) -> Model:
-    """Open a MODEL, of the Hub's layout or a checkpoint, and put it on a mesh; by default on the first device."""
+def load(
+    path: str,
+    mesh: Mesh | None = None,
+    compute: ComputeConfig | None = None,
+    engine: PromptEngine | None = None,
+    backbone: str | None = None,
+) -> Model:
+    """Open a MODEL, of the Hub's layout or a checkpoint, and put it on a mesh; by default on the first device.
+
+    `backbone` is where the frozen weights of a training checkpoint lie, if they were moved.
+    """
     compute = compute or ComputeConfig()
     config = read_config(path)
     if mesh is not None:
         meshes.check(config, mesh)
     engine = engine or open_engine(path)
     habits = Habits.read(assets_dir(path), engine.tokenizer)
-    params = load_params(path, abstract_params(config, jnp.dtype(compute.dtype), mesh))
+    params = load_params(path, abstract_params(config, jnp.dtype(compute.dtype), mesh), backbone)
     mllm = for_serving(config, compute, params)
     actor = None
     if has_policy(path):

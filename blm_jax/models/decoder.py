@@ -95,10 +95,13 @@ class Decoder(nnx.Module):
             return x
         return scan(body, x, self.blocks, remat=self.compute.remat, blocks=blocks)[0]
 
+    def head_kernel(self) -> jax.Array:
+        """[width, vocab]"""
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+
     def logits(self, x: jax.Array) -> jax.Array:
         """Float32 whatever the compute type: bfloat16 would make ties of the likeliest tokens."""
-        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
-        logits = jnp.matmul(self.norm(x), kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(self.norm(x), self.head_kernel().astype(x.dtype), preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", "length", "vocab"))  # or a mesh would gather the head, and not its few products
 
     def prefill(self, x: jax.Array, positions: jax.Array, segments: jax.Array, room: int) -> tuple[jax.Array, Cache]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from blm_jax.config import Remat
-from blm_jax.mesh import Axes, param_sharding
+from blm_jax.mesh import GATHERED, Axes, divided, param_sharding, whole
 
 INIT_SCALE = 0.02  # the standard deviation Qwen2.5-VL's configuration names
 
@@ -34,6 +35,7 @@ class Linear(nnx.Module):
         self.inputs = len(inputs)
         self.kernel = param(INIT_SCALE * jax.random.normal(rngs.params(), shape), axes)
         self.bias = param(jnp.zeros(outputs), axes[len(inputs) :]) if bias else None
+        self.adapter: Adapter | None = nnx.data(None)  # or one that is put there later would be no parameter
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
@@ -42,9 +44,30 @@ class Linear(nnx.Module):
         # folding heads into columns would hide from the compiler how they are divided.
         x = x.reshape(-1, *kernel.shape[: self.inputs])
         y = jnp.tensordot(x, kernel.astype(x.dtype), self.inputs)
+        if self.adapter is not None:
+            y = y + self.adapter(x)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y.reshape(*lead, *y.shape[1:])
+
+
+class Adapter(nnx.Module):
+    """What a product of low rank adds to another (LoRA, Hu et al. 2021). It adds nothing before it is trained."""
+
+    def __init__(self, linear: Linear, rank: int, alpha: float, *, rngs: nnx.Rngs):
+        shape, axes, count = linear.kernel.shape, linear.kernel.axes, linear.inputs
+        stacked = int(axes[0] == "layers")
+        at = stacked + count
+        bound = math.prod(shape[stacked:at]) ** -0.5  # as peft begins
+        down = jax.random.uniform(rngs.params(), (*shape[:at], rank), minval=-bound, maxval=bound)
+        self.scale = alpha / rank
+        self.inputs = count
+        self.down = param(down, (*axes[:at], None))
+        self.up = param(jnp.zeros((*shape[:stacked], rank, *shape[at:])), (*axes[:stacked], None, *axes[at:]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        small = jnp.tensordot(x, self.down[...].astype(x.dtype), self.inputs)
+        return jnp.tensordot(small, self.up[...].astype(x.dtype), 1) * self.scale
 
 
 class RMSNorm(nnx.Module):
@@ -103,6 +126,7 @@ def unstack(layers: Layer | Sequence[Layer]) -> list[Layer]:
 
 
 REMAT: dict[Remat, Callable[..., Any] | None] = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),  # gathered weights are never kept: all layers' at once
     "full": None,  # keep nothing but the inputs of each layer
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -117,10 +141,12 @@ def scan(
     xs: tuple[Any, ...] = (),
     remat: Remat = "none",
     blocks: int | None = None,
+    gather: bool = True,
 ) -> tuple[Carry, Any]:
     """Run `body(carry, layer, *x)` over the layers of a stack, or over the first `blocks` of them and no other.
 
-    Splitting once and merging inside the body costs nothing; nnx.scan by default was several times slower a step.
+    Splitting once and merging inside the body costs nothing; nnx.scan by default was several times slower a step. Where devices
+    are apart, a layer's weights are gathered when its turn comes, but not if the layer is a stack itself (`gather` false).
     """
     graph, state = nnx.split(stacked)
     inputs = (state, xs)
@@ -129,9 +155,9 @@ def scan(
 
     def step(carry: Carry, inputs: tuple[Any, tuple[Any, ...]]) -> tuple[Carry, Any]:
         layer, x = inputs
-        return body(carry, nnx.merge(graph, layer), *x)
+        return body(carry, nnx.merge(graph, _gathered(layer) if gather else layer), *x)
 
-    if remat != "none":
+    if remat != "none" or (gather and any(_is_divided(leaf) for leaf in _variables(state))):
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     if keep == count:
         return jax.lax.scan(step, carry, inputs)
@@ -155,7 +181,33 @@ def shapes_of(make: Callable[[], nnx.Module], dtype: DTypeLike, mesh: Mesh | Non
 
 
 def around(make: Callable[[], Layer], params: dict[str, Any]) -> Layer:
-    """The module `make` would make, around parameters that exist already."""
-    graph, state = nnx.split(nnx.eval_shape(make))
+    """The module `make` would make, around parameters that exist already.
+
+    Where devices are apart these are shards: what belongs to no stack is gathered here, layers of stacks when they run.
+    """
+    module = nnx.eval_shape(make)
+    for _, variable in nnx.iter_graph(module):
+        if isinstance(variable, nnx.Param):
+            variable.set_metadata(divided=divided(variable.axes, variable.shape))
+    graph, state = nnx.split(module)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+    return nnx.merge(graph, _gathered(state, stacks=False))
+
+
+def _is_divided(variable: Any) -> bool:
+    return variable.get_metadata().get("divided") is not None
+
+
+def _variables(state: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable)) if isinstance(leaf, nnx.Variable)]
+
+
+def _gathered(state: Any, *, stacks: bool = True) -> Any:
+    """With the weights whole that are divided; a dimension counts from the end, so it is the same for a layer and for its stack."""
+
+    def one(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Variable) or not _is_divided(variable) or (not stacks and variable.axes[0] == "layers"):
+            return variable
+        return variable.replace(whole(variable[...], variable.divided))
+
+    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))

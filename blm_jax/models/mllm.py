@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from blm_jax.batch import Batch, IntentRows, Prompts
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.mesh import constrain
 from blm_jax.models.decoder import ACTIVATIONS, Cache, Decoder
-from blm_jax.models.layers import around, shapes_of, unstack
+from blm_jax.models.layers import Adapter, around, shapes_of, unstack
 from blm_jax.models.vision import VisionTower
 
 
@@ -37,6 +37,10 @@ class Mllm(nnx.Module):
     def hidden(self, batch: Batch, blocks: int | None = None) -> jax.Array:
         """Hidden states after `blocks` blocks (all by default), before the final norm."""
         return self.decoder.hidden(self.embed(batch), batch.positions, batch.segments, blocks)
+
+    def heard(self, batch: Batch) -> jax.Array:
+        """What the head reads, [rows, length, width]: the logits of training are made of it in parts."""
+        return self.decoder.norm(self.hidden(batch))
 
     def intent(self, prompts: Prompts, blocks: int) -> IntentRows:
         hidden = constrain(self.hidden(prompts.batch, blocks), ("batch", "length", "width"))
@@ -67,16 +71,37 @@ def place(x: jax.Array, visual: jax.Array, slots: jax.Array, groups: int) -> jax
     return jnp.where((slots >= 0)[..., None], chosen, x.reshape(groups, -1, width)).reshape(rows, length, width)
 
 
-def abstract_params(config: BackboneConfig, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> dict[str, Any]:
+class LowRank(NamedTuple):
+    """Which products of the decoder have an adapter beside them, and how large."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+def adapted(model: Mllm, low_rank: LowRank | None, seed: int = 0) -> Mllm:
+    if low_rank is not None:
+        rngs = nnx.Rngs(seed)
+        for name in low_rank.targets:
+            linear = getattr(model.decoder.blocks, name)
+            linear.adapter = Adapter(linear, low_rank.rank, low_rank.alpha, rngs=rngs)
+    return model
+
+
+def abstract_params(
+    config: BackboneConfig, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None, low_rank: LowRank | None = None
+) -> dict[str, Any]:
     """Shapes of all parameters as a nested dict, with their shardings on a mesh; nothing is computed."""
-    return shapes_of(lambda: Mllm(config, ComputeConfig(), rngs=nnx.Rngs(0)), dtype, mesh)
+    return shapes_of(lambda: adapted(Mllm(config, ComputeConfig(), rngs=nnx.Rngs(0)), low_rank), dtype, mesh)
 
 
-def with_params(config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any], *, apart: bool = False) -> Mllm:
+def with_params(
+    config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any], *, apart: bool = False, low_rank: LowRank | None = None
+) -> Mllm:
     """The model around parameters that exist already; `apart` where the decoder's layers are not stacked but numbered."""
 
     def make() -> Mllm:
-        model = Mllm(config, compute, rngs=nnx.Rngs(0))
+        model = adapted(Mllm(config, compute, rngs=nnx.Rngs(0)), low_rank)
         if apart:
             model.decoder.blocks = nnx.List(unstack(model.decoder.blocks))
         return model

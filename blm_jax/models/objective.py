@@ -88,13 +88,7 @@ def losses(
     hide = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), policy.config.embodiment.state_dropout))(keys)
     condition = policy.condition(intent, robots, hide if train else None)
 
-    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        for_time, for_noise, for_prefix = jax.random.split(key, 3)
-        count = jax.random.randint(for_prefix, (), 0, config.prefix + 1)
-        return path.time(for_time, config), jax.random.normal(for_noise, (horizon, width)), jnp.arange(horizon) < count
-
-    draw_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2), config.draws))(keys).reshape(-1)
-    time, noise, given = jax.vmap(draw)(draw_keys)
+    time, noise, given = _draws(config, keys, horizon, width)
     actions, mask = (jnp.repeat(x, config.draws, axis=0) for x in (chunks.actions, chunks.mask))
     actions = jnp.where(mask, actions, 0)
     mix = jax.tree.map(lambda x: x[:, None, None], path.mix(time))
@@ -122,6 +116,32 @@ def losses(
         future=distance,
         future_weight=jnp.asarray(has_future, jnp.float32),
     )
+
+
+def _draws(config: ObjectiveConfig, keys: jax.Array, horizon: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each row `draws` times: a time, noise, and which steps are given."""
+    keys = _draw_keys(config, keys)
+    time = jax.vmap(lambda key: PATHS[config.path].time(key, config))(keys[:, 0])
+    return time, jax.vmap(lambda key: jax.random.normal(key, (horizon, width)))(keys[:, 1]), _given(config, keys, horizon)
+
+
+def _draw_keys(config: ObjectiveConfig, keys: jax.Array) -> jax.Array:
+    """[rows * draws, 3]: for a time, for noise, and for what is given."""
+    each = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2), config.draws))(keys).reshape(-1)
+    return jax.vmap(lambda key: jax.random.split(key, 3))(each)
+
+
+def _given(config: ObjectiveConfig, keys: jax.Array, horizon: int) -> jax.Array:
+    count = jax.vmap(lambda key: jax.random.randint(key, (), 0, config.prefix + 1))(keys[:, 2])
+    return jnp.arange(horizon) < count[:, None]
+
+
+def loss_weights(config: ObjectiveConfig, chunks: Chunks, has_future: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `Losses.means` of these rows will divide by, without the policy: rows on several devices share their divisors."""
+    counted = jnp.repeat(chunks.mask, config.draws, axis=0)
+    if config.prefix:
+        counted &= ~_given(config, _draw_keys(config, keys), chunks.mask.shape[1])[..., None]
+    return counted.sum().astype(jnp.float32), has_future.sum().astype(jnp.float32)
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ class VisionTower(nnx.Module):
                 x, _ = scan(body, x, run, remat=self.compute.remat)
             return x, None
 
-        x, _ = scan(group, x, _periods(self.blocks, period))
+        x, _ = scan(group, x, _periods(self.blocks, period), gather=False)
         return self.merger(x)
 
 

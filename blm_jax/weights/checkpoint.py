@@ -70,7 +70,8 @@ class CheckpointSource:
             raise RequestError(f"{directory} is no finished checkpoint: what wrote it was stopped; write it again")
         config = read_config(directory)
         entries = table(config)
-        arrays = _open_arrays(directory / PARAMS, entries)
+        _check_names(directory / PARAMS, entries)
+        arrays = open_arrays(directory / PARAMS, entries)
         return CheckpointSource(directory, config, entries, arrays, _provenance(directory).get("narrower_dtypes", {}))
 
     def dtype_of(self, tensor: Tensor) -> np.dtype:
@@ -131,7 +132,7 @@ def _narrow(block: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return block if block.dtype == dtype else block.astype(dtype)
 
 
-def _open_arrays(params: epath.Path, entries: Mapping[Path, Entry]) -> dict[Path, ts.TensorStore]:
+def _check_names(params: epath.Path, entries: Mapping[Path, Entry]) -> None:
     tree = read_json(params / _TREE)
     try:
         found = {tuple(key["key"] for key in value["key_metadata"]) for value in tree["tree_metadata"].values()}
@@ -140,10 +141,17 @@ def _open_arrays(params: epath.Path, entries: Mapping[Path, Entry]) -> dict[Path
     for paths, state in ((set(entries) - found, "missing"), (found - set(entries), "not part of the model that config.json describes")):
         if paths:
             raise RequestError(f"{params}: {some(sorted('.'.join(map(str, path)) for path in paths))} {state}; write the checkpoint again")
+
+
+def open_arrays(params: epath.Path, entries: Mapping[Path, Entry], below: Path = (), cache: int = 0) -> dict[Path, ts.TensorStore]:
+    """Arrays that stand `below` a place in the tree that was written, perhaps among others. `cache`: bytes of chunks to keep."""
+    tree = read_json(params / _TREE)
     driver, ocdbt = "zarr3" if tree.get("use_zarr3") else "zarr", bool(tree.get("use_ocdbt", True))
     # A file that is gone must not read as zeros, unless zeros were left out on purpose.
     missing = {"fill_missing_data_reads": not tree.get("store_array_data_equal_to_fill_value", False)}
-    opening = {path: ts.open({**_spec(params, path, driver, ocdbt=ocdbt), **missing}, open=True) for path in entries}
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+    specs = {path: {**_spec(params, below + path, driver, ocdbt=ocdbt), **missing, "recheck_cached_data": "open"} for path in entries}
+    opening = {path: ts.open(spec, open=True, context=context) for path, spec in specs.items()}
     arrays = {}
     for path, entry in entries.items():
         try:

@@ -19,6 +19,7 @@ from blm_jax.weights.safetensors_file import ByteCount, Stored, copy_cast, read_
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TRAINED_CONTRACT = "policy.json"  # among the assets of a training checkpoint: in a MODEL it is policy/config.json
 _WEIGHT_ENDINGS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 _ASSET_DIRECTORIES = ("additional_chat_templates",)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -116,7 +117,9 @@ def asset_names(directory: epath.Path) -> list[str]:
     for path in sorted(directory.iterdir()):
         if path.is_dir() and path.name in _ASSET_DIRECTORIES:
             found += [f"{path.name}/{file.name}" for file in sorted(path.iterdir()) if not file.is_dir()]
-        elif not path.is_dir() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_ENDINGS):
+        elif path.is_dir() or path.name.startswith(".") or path.name == TRAINED_CONTRACT:
+            continue
+        elif not path.name.endswith(_WEIGHT_ENDINGS):
             found.append(path.name)
     return found
 

@@ -18,14 +18,14 @@ from blm_jax.weights.source import PathLike, Source, open_source
 _THREADS = 8  # reading waits for disks and networks, not for cores
 
 
-def load_params(path: PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
+def load_params(path: PathLike, abstract: Mapping[str, Any], backbone: PathLike | None = None) -> dict[str, Any]:
     """Fill a nested dict of jax.ShapeDtypeStruct (each with its sharding, or None for the default device).
 
     Values are cast to the dtypes asked for. What is not asked for is not read: leave out the head, or ask for fewer
     layers of every stack. Each process reads the slices of its own devices, a replicated slice once, and holds one
     shard of one array at a time.
     """
-    source = open_source(path)
+    source = open_source(path, backbone)
     leaves = list(_leaves(abstract))
     for place, leaf in leaves:
         _check(source, place, leaf)

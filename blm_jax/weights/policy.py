@@ -4,7 +4,8 @@
     MODEL/policy/blm_policy.py       the module, whole
     MODEL/policy/config.json         the contract, written last
 
-It is the same in both forms of a MODEL.
+It is the same in both forms of a MODEL. A training checkpoint of Stage II has the contract in assets/policy.json and the weights
+below params/policy, as orbax has them; it is read as if it had a policy/.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path as LocalPath
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 from etils import epath
 
 from blm_jax import configfile
@@ -28,12 +30,15 @@ from blm_jax.data.demos import robots as registry
 from blm_jax.data.demos import statistics as numbers
 from blm_jax.data.demos.robots import Robot
 from blm_jax.data.demos.statistics import Statistics
-from blm_jax.data.files import open_path, read_json
+from blm_jax.data.files import one_line, open_path, read_json
 from blm_jax.errors import RequestError, RunError
+from blm_jax.weights.checkpoint import ASSETS, PARAMS, open_arrays
 from blm_jax.weights.fingerprint import fingerprint
+from blm_jax.weights.hub import TRAINED_CONTRACT
 from blm_jax.weights.names import Entry, Path, Shape, Slices, Tensor, some
 from blm_jax.weights.safetensors_file import CODES, PlannedFile, Stored, copy_cast, is_local, read_block, read_header
 from blm_jax.weights.source import PathLike, read_config
+from blm_jax.weights.trained import POLICY_PARAMS, check_values, is_trained, newest_of_run, open_contents
 
 POLICY, WEIGHTS, CONTRACT = "policy", "model.safetensors", "config.json"
 TWIN = LocalPath(__file__).parents[1] / "convert" / "twin" / "blm_policy.py"
@@ -93,16 +98,21 @@ def check_backbone(policy: PolicyConfig, backbone: BackboneConfig) -> None:
 
 
 def read_policy(model_directory: PathLike) -> PolicyFiles:
-    directory = open_path(model_directory) / POLICY
-    path = directory / CONTRACT
-    if not directory.exists():
+    directory = newest_of_run(open_path(model_directory))
+    path = _contract_path(directory)
+    if not has_policy(directory):
         raise RequestError(f"{model_directory} has no {POLICY}/: it answers questions, but was not trained to act")
     if not path.exists():
         raise RequestError(f"{path} is missing: what wrote the policy was stopped; write it again")
     return _from_json(read_json(path), str(path))
 
 
-def _to_json(files: PolicyFiles) -> dict[str, Any]:
+def _contract_path(directory: epath.Path) -> epath.Path:
+    return directory / ASSETS / TRAINED_CONTRACT if is_trained(directory) else directory / POLICY / CONTRACT
+
+
+def contract(files: PolicyFiles) -> dict[str, Any]:
+    """As config.json has it."""
     return {
         "format": FORMAT,
         "backbone": files.backbone,
@@ -253,10 +263,7 @@ def write_policy(directory: PathLike, files: PolicyFiles, params: Mapping[str, A
             partial.rmtree(missing_ok=True)  # what a killed run left
         if leads:
             partial.mkdir(parents=True)
-        _write_weights(partial / WEIGHTS, entries, leaves, leads)
-        if leads:
-            (partial / TWIN.name).write_bytes(TWIN.read_bytes())
-            (partial / CONTRACT).write_text(json.dumps(_to_json(files), indent=2, allow_nan=False) + "\n")
+        _fill(partial, files, entries, leaves, leads)
         if leads and partial is not target:
             os.rename(partial, target)
     except BaseException as error:
@@ -265,6 +272,13 @@ def write_policy(directory: PathLike, files: PolicyFiles, params: Mapping[str, A
         if isinstance(error, OSError):
             raise RunError(f"writing {target} failed: {error.strerror or error}") from error
         raise
+
+
+def _fill(directory: epath.Path, files: PolicyFiles, entries: Mapping[Path, Entry], leaves: Mapping[Path, Any], leads: bool) -> None:
+    _write_weights(directory / WEIGHTS, entries, leaves, leads)
+    if leads:
+        (directory / TWIN.name).write_bytes(TWIN.read_bytes())
+        (directory / CONTRACT).write_text(json.dumps(contract(files), indent=2, allow_nan=False) + "\n")
 
 
 def _write_weights(path: epath.Path, entries: Mapping[Path, Entry], leaves: Mapping[Path, Any], leads: bool) -> None:
@@ -305,16 +319,38 @@ def _on_host(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def copy_policy(source: epath.Path, target: epath.Path) -> None:
-    """policy/ of one MODEL into another, byte for byte, its contract last."""
+def copy_policy(model_directory: PathLike, target: epath.Path) -> None:
+    """The policy of one MODEL into the policy/ of another: byte for byte, or made of what was trained. Its contract last."""
+    directory = newest_of_run(open_path(model_directory))
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(_contents(source), key=lambda path: path.name == CONTRACT):
+    if is_trained(directory):
+        entries, arrays = _open_trained(directory)
+        _fill(target, read_policy(directory), entries, {path: _Whole(array) for path, array in arrays.items()}, leads=True)
+        return
+    for path in sorted(_contents(directory / POLICY), key=lambda path: path.name == CONTRACT):
         with path.open("rb") as read, (target / path.name).open("wb") as written:
             shutil.copyfileobj(read, written)
 
 
-def policy_bytes(directory: epath.Path) -> int:
-    return sum(path.stat().length for path in _contents(directory))
+@dataclass(frozen=True)
+class _Whole:
+    """An array that is read when it is asked for, and not kept."""
+
+    array: ts.TensorStore
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype.numpy_dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.array.read().result()
+
+
+def policy_bytes(model_directory: PathLike) -> int:
+    directory = newest_of_run(open_path(model_directory))
+    if is_trained(directory):
+        return sum(4 * math.prod(entry.shape) for entry in table(read_policy(directory).config).values())
+    return sum(path.stat().length for path in _contents(directory / POLICY))
 
 
 def _contents(directory: epath.Path) -> list[epath.Path]:
@@ -325,12 +361,18 @@ def _contents(directory: epath.Path) -> list[epath.Path]:
 
 
 def has_policy(model_directory: PathLike) -> bool:
-    return (open_path(model_directory) / POLICY).exists()
+    directory = newest_of_run(open_path(model_directory))
+    return (_contract_path(directory) if is_trained(directory) else directory / POLICY).exists()
 
 
 def check_policy(model_directory: PathLike) -> None:
-    """Refuse a policy/ that is not whole, without reading its weights."""
-    _open(model_directory)
+    """Refuse a policy that is not whole, without reading its weights; those of a training checkpoint are read and checked."""
+    directory = newest_of_run(open_path(model_directory))
+    if is_trained(directory):
+        entries, arrays = _open_trained(directory)
+        check_values(directory, open_contents(directory), {(POLICY_PARAMS, *path): arrays[path] for path in entries})
+    else:
+        _open(directory)
 
 
 def load_policy_params(model_directory: PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,7 +382,7 @@ def load_policy_params(model_directory: PathLike, abstract: Mapping[str, Any]) -
     """
     import jax  # late: whoever reads the contract alone has no need of devices
 
-    entries, stored = _open(model_directory)
+    entries, read = _reader(newest_of_run(open_path(model_directory)))
     leaves = dict(_leaves(abstract))
     _check_tree({path: leaf.shape for path, leaf in leaves.items()}, entries, "the model asked for")
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -351,10 +393,34 @@ def load_policy_params(model_directory: PathLike, abstract: Mapping[str, Any]) -
             parent = parent.setdefault(key, {})
 
         def part(index: Any, path: Path = path, leaf: Any = leaf) -> np.ndarray:
-            return _read(entries[path], stored, index, leaf)
+            return read(path, index, leaf)
 
         parent[path[-1]] = jax.make_array_from_callback(leaf.shape, leaf.sharding or default, part)
     return loaded
+
+
+def _reader(directory: epath.Path) -> tuple[dict[Path, Entry], Callable[[Path, tuple[slice, ...], Any], np.ndarray]]:
+    """The arrays of a policy, and what reads a slice of one of them in the dtype of a leaf."""
+    if is_trained(directory):
+        entries, arrays = _open_trained(directory)
+        return entries, lambda path, index, leaf: _read_array(arrays[path], index, directory).astype(leaf.dtype, copy=False)
+    entries, stored = _open(directory)
+    return entries, lambda path, index, leaf: _read(entries[path], stored, index, leaf)
+
+
+def _open_trained(directory: epath.Path) -> tuple[dict[Path, Entry], dict[Path, ts.TensorStore]]:
+    entries = table(read_policy(directory).config)
+    found = {path: described.shape for path, described in open_contents(directory).arrays[PARAMS].items()}
+    shapes = {tuple(path.split("."))[1:]: shape for path, shape in found.items() if path.startswith(f"{POLICY_PARAMS}.")}
+    _check_tree(shapes, entries, f"{directory / PARAMS}")
+    return entries, open_arrays(directory / PARAMS, entries, below=(POLICY_PARAMS,))
+
+
+def _read_array(array: ts.TensorStore, index: tuple[slice, ...], directory: epath.Path) -> np.ndarray:
+    try:
+        return np.asarray(array[index].read().result())
+    except ValueError as error:
+        raise RequestError(f"{directory / PARAMS} is damaged ({one_line(error)[:200]}); take another step's") from None
 
 
 def _open(model_directory: PathLike) -> tuple[dict[Path, Entry], dict[str, Stored]]:

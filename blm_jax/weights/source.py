@@ -1,12 +1,9 @@
-"""A MODEL directory of either form, opened."""
+"""A MODEL directory of any form, opened: of the Hub's layout, a checkpoint, a training checkpoint, a run."""
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
-import numpy as np
 from etils import epath
 
 from blm_jax.config import BackboneConfig
@@ -15,38 +12,25 @@ from blm_jax.errors import RequestError
 from blm_jax.weights.checkpoint import ASSETS, CheckpointSource, is_checkpoint
 from blm_jax.weights.checkpoint import read_config as checkpoint_config
 from blm_jax.weights.config_json import from_json, read_config_json
+from blm_jax.weights.form import Source
 from blm_jax.weights.hub import HubSource
-from blm_jax.weights.names import Entry, Path, Slices, Tensor
-from blm_jax.weights.safetensors_file import ByteCount
+from blm_jax.weights.trained import TrainedSource, is_trained, newest_of_run
 
 PathLike = str | os.PathLike[str]
 
 
-class Source(Protocol):
-    """Weights in a directory: what the Hub's layout and the orbax form have in common."""
-
-    @property
-    def config(self) -> BackboneConfig: ...
-    @property
-    def entries(self) -> dict[Path, Entry]: ...
-    @property
-    def count(self) -> ByteCount: ...
-
-    def dtype_of(self, tensor: Tensor) -> np.dtype: ...
-    def dtype(self, entry: Entry) -> np.dtype: ...
-    def read_tensor(self, tensor: Tensor, slices: Slices) -> np.ndarray: ...
-    def fill(self, entry: Entry, index: Slices, out: np.ndarray, pool: ThreadPoolExecutor) -> None: ...
-    def assets(self) -> epath.Path: ...
-    def readers(self) -> int: ...
-
-
-def open_source(path: PathLike) -> Source:
+def open_source(path: PathLike, backbone: PathLike | None = None) -> Source:
+    """`backbone` is where the frozen weights of a training checkpoint lie now, if they have been moved."""
     directory = _directory(path)
+    if is_trained(directory):
+        return TrainedSource.open(directory, None if backbone is None else os.fspath(backbone), open_source)
+    if backbone is not None:
+        raise RequestError(f"--backbone {backbone}: {path} is no training checkpoint, it holds all of its weights; leave it out")
     return CheckpointSource.open(directory) if is_checkpoint(directory) else HubSource.open(directory)
 
 
 def read_config(path: PathLike) -> BackboneConfig:
-    """The config of a MODEL of either form."""
+    """The config of a MODEL of any form."""
     directory = _directory(path)
     if is_checkpoint(directory):
         return checkpoint_config(directory)
@@ -63,4 +47,4 @@ def _directory(path: PathLike) -> epath.Path:
     directory = open_path(path)
     if not directory.is_dir():
         raise RequestError(f"{path} is not a directory; MODEL is a Hugging Face directory or a checkpoint")
-    return directory
+    return newest_of_run(directory)

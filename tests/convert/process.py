@@ -18,14 +18,14 @@ def main(port: str, count: int, index: int, hub: Path, out: Path) -> None:
     from blm_jax.convert import command
     from blm_jax.errors import RunError
     from blm_jax.models.mllm import abstract_params
-    from blm_jax.weights import fingerprint, load
+    from blm_jax.weights import hashing, load
     from blm_jax.weights.source import open_source, read_config
 
     wanted = np.load(hub.parent / "wanted.npz")
     report: dict[str, object] = {"loads": {}}
     for name, sizes in {"tensor": MeshConfig(1, 1, 8), "fsdp": MeshConfig(1, 8, 1), "replicated": MeshConfig(8, 1, 1)}.items():
         opened = []
-        load.open_source = lambda path, opened=opened: opened.append(open_source(path)) or opened[-1]
+        load.open_source = lambda path, backbone, opened=opened: opened.append(open_source(path, backbone)) or opened[-1]
         params = load.load_params(hub, abstract_params(read_config(hub), mesh=meshes.make_mesh(sizes)))
         mine = 0
         equal = True
@@ -37,7 +37,7 @@ def main(port: str, count: int, index: int, hub: Path, out: Path) -> None:
         report["loads"][name] = {"read": opened[0].count.read, "mine": mine, "equal": equal}  # pyright: ignore
 
     opened = []
-    command.open_source = lambda path: opened.append(open_source(path)) or opened[-1]
+    command.open_source = lambda path, backbone: opened.append(open_source(path, backbone)) or opened[-1]
     for name, source, to in (("checkpoint", hub, "checkpoint"), ("hf", hub, "hf"), ("back", out / "checkpoint", "hf")):
         done = command.convert(source, out / name, to, max_shard_bytes=100_000)  # pyright: ignore
         report[name] = {**done, "read": opened[-1].count.read}
@@ -47,7 +47,7 @@ def main(port: str, count: int, index: int, hub: Path, out: Path) -> None:
         def fail(*arguments: object) -> None:
             raise OSError(5, "the disk of the last process")
 
-        fingerprint._read = fail  # pyright: ignore
+        hashing._read = fail  # pyright: ignore
     try:
         command.convert(hub, out / "failed", "checkpoint")
     except RunError as error:

@@ -20,7 +20,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from blm_jax.convert import command, output
 from blm_jax.convert.command import convert
 from blm_jax.errors import RequestError, RunError
-from blm_jax.weights import checkpoint, fingerprint, names
+from blm_jax.weights import checkpoint, hashing, names
+from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.source import read_config
 from tests.conftest import ROOT
 from tests.models.oracle import CASES
@@ -83,7 +84,7 @@ def test_memory_is_a_few_pieces(hub: Path, tmp_path: Path, monkeypatch: pytest.M
     """Every piece in flight counts: read and not yet written. Whole gigabytes are measured by benchmarks/convert_memory.py."""
     monkeypatch.setattr(names, "PIECE_BYTES", 2000)
     seen: list[int] = []
-    flying, most, read, write = [0], [0], fingerprint._read, checkpoint.write_piece
+    flying, most, read, write = [0], [0], hashing._read, checkpoint.write_piece
 
     def read_piece(*arguments: object) -> np.ndarray:
         flying[0] += 1
@@ -96,7 +97,7 @@ def test_memory_is_a_few_pieces(hub: Path, tmp_path: Path, monkeypatch: pytest.M
         write(*arguments)  # pyright: ignore
         flying[0] -= 1
 
-    monkeypatch.setattr(fingerprint, "_read", read_piece)
+    monkeypatch.setattr(hashing, "_read", read_piece)
     monkeypatch.setattr(checkpoint, "write_piece", write_piece)
     convert(hub, tmp_path / "checkpoint", "checkpoint")
     assert most[0] <= 8  # four read ahead, one hashed, two written, one handed over
@@ -110,7 +111,7 @@ def test_what_is_written_says_where_it_is_from(hub: Path, tmp_path: Path) -> Non
     convert(hub_copy, tmp_path / "checkpoint", "checkpoint")
     said = json.loads((tmp_path / "checkpoint" / "provenance.json").read_text())
     assert said["source"] == str(hub_copy) and said["video_positions"] == "transformers-4.57"
-    assert said["fingerprint"] == fingerprint.fingerprint(hub) and said["versions"].keys() >= {"jax", "orbax-checkpoint"}
+    assert said["fingerprint"] == fingerprint(hub) and said["versions"].keys() >= {"jax", "orbax-checkpoint"}
     # Training may choose anew: what it notes there holds, and goes into the export.
     (tmp_path / "checkpoint" / "provenance.json").write_text(json.dumps(said | {"video_positions": "transformers-5.23"}))
     convert(tmp_path / "checkpoint", tmp_path / "back", "hf")
@@ -135,7 +136,7 @@ def test_an_output_that_exists_is_left_alone(to: command.Form, hub: Path, tmp_pa
 
 def test_a_link_that_leads_nowhere_is_an_output_that_exists(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").symlink_to("nowhere")
-    monkeypatch.setattr(fingerprint, "_read", None)  # known before anything is read
+    monkeypatch.setattr(hashing, "_read", None)  # known before anything is read
     with pytest.raises(RequestError, match="out exists; choose another directory or remove it"):
         convert(hub, tmp_path / "out", "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -164,7 +165,7 @@ def test_progress_is_for_terminals(terminal: bool, hub: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("to", FORMS)
 def test_a_failure_on_the_way_leaves_nothing(to: command.Form, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, calls = fingerprint._read, []
+    read, calls = hashing._read, []
 
     def fail_later(*arguments: object) -> np.ndarray:
         calls.append(arguments)
@@ -172,7 +173,7 @@ def test_a_failure_on_the_way_leaves_nothing(to: command.Form, hub: Path, tmp_pa
             raise OSError(28, "No space left on device")
         return read(*arguments)  # pyright: ignore
 
-    monkeypatch.setattr(fingerprint, "_read", fail_later)
+    monkeypatch.setattr(hashing, "_read", fail_later)
     with pytest.raises(RunError, match=r"writing .*out failed: No space left on device"):
         convert(hub, tmp_path / "out", to)
     assert not list(tmp_path.iterdir())
@@ -181,14 +182,14 @@ def test_a_failure_on_the_way_leaves_nothing(to: command.Form, hub: Path, tmp_pa
 KILLED = """
 import os, signal, sys
 from blm_jax.convert.command import convert
-from blm_jax.weights import fingerprint
-read, calls = fingerprint._read, []
+from blm_jax.weights import hashing
+read, calls = hashing._read, []
 def kill_later(*arguments):
     calls.append(arguments)
     if len(calls) > 60:
         os.kill(os.getpid(), signal.SIGKILL)
     return read(*arguments)
-fingerprint._read = kill_later
+hashing._read = kill_later
 convert(*sys.argv[1:])
 """
 
@@ -204,7 +205,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(to: command.Form, hub: 
             read_config(directory)
     convert(hub, tmp_path / "out", to)  # and the next run clears it away
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert fingerprint.fingerprint(tmp_path / "out") == fingerprint.fingerprint(hub)
+    assert fingerprint(tmp_path / "out") == fingerprint(hub)
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(hub: Path, tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_a_bucket_has_its_marker_last(hub: Path, tmp_path: Path, monkeypatch: py
     for module in (output, command, checkpoint):
         monkeypatch.setattr(module, "is_local", lambda path: False)
     monkeypatch.setattr(checkpoint, "_kvstore", lambda directory: {"driver": "file", "path": f"{directory}/"})
-    monkeypatch.setattr(fingerprint, "_read", lambda *arguments: (_ for _ in ()).throw(OSError(5, "connection lost")))
+    monkeypatch.setattr(hashing, "_read", lambda *arguments: (_ for _ in ()).throw(OSError(5, "connection lost")))
     for to in FORMS:
         with pytest.raises(RunError, match="connection lost"):
             convert(hub, tmp_path / to, to)
@@ -255,7 +256,7 @@ def test_a_bucket_has_its_marker_last(hub: Path, tmp_path: Path, monkeypatch: py
         convert(hub, tmp_path / to, to)
         written = {path.stat().st_mtime_ns: path.name for path in (tmp_path / to).rglob("*") if path.is_file()}
         assert written[max(written)] == marker
-        assert fingerprint.fingerprint(tmp_path / to) == fingerprint.fingerprint(hub)
+        assert fingerprint(tmp_path / to) == fingerprint(hub)
         (tmp_path / to / marker).unlink()
         with pytest.raises(RequestError):
-            fingerprint.fingerprint(tmp_path / to)
+            fingerprint(tmp_path / to)

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 
 from blm_jax import counts
 from blm_jax import mesh as meshes
-from blm_jax.batch import Moments
 from blm_jax.cli import main
 from blm_jax.config import ComputeConfig, HardwareConfig, MeshConfig
 from blm_jax.data.demos import intents as store
@@ -34,11 +33,12 @@ from blm_jax.data.vision.augment import AugmentConfig
 from blm_jax.errors import RequestError
 from blm_jax.infer import features as making
 from blm_jax.infer.act import load_actor, load_below
-from blm_jax.infer.engine import open_engine
 from blm_jax.infer.features import Request, features
 from blm_jax.models.mllm import Mllm
-from blm_jax.models.policy import policy_with_params
-from blm_jax.train.step import Learner, begin, step
+from blm_jax.models.policy import abstract_policy
+from blm_jax.train.stages import StageTwo
+from blm_jax.train.step import begin, make_step, mean, shardings
+from blm_jax.weights.engine import open_engine
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.policy import PolicyFiles, write_policy
 from blm_jax.weights.source import read_config
@@ -95,7 +95,7 @@ def exact(stage: Stage, model: str) -> list[Intents]:
 
 @pytest.fixture(scope="module")
 def backbone(stage: Stage, model: str) -> Mllm:
-    return load_below(model, POLICY, None, ComputeConfig())
+    return load_below(model, POLICY, alone(), ComputeConfig())
 
 
 def moments(stage: Stage, model: str, intents: list[Intents] | None = None) -> MomentRows:
@@ -200,25 +200,25 @@ def test_the_key_knows_what_was_computed_with(stage: Stage, model: str, exact: l
 # --- training on it ------------------------------------------------------------------------------------------------------------
 
 
-OPTIMIZER = optax.adam(1e-3)
-
-
-@jax.jit
-def one_step(learner: Learner, backbone: Mllm | None, batch: Moments, number: jax.Array) -> tuple[Learner, jax.Array]:
-    learner, found = step(learner, backbone, batch, jax.random.fold_in(jax.random.key(0), number), OPTIMIZER)
-    return learner, jnp.stack(found.means())
+def alone() -> Mesh:
+    return meshes.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def train(rows: MomentRows, backbone: Mllm | None, steps: int = STEPS, mesh: Mesh | None = None) -> np.ndarray:
     """Both losses of each step."""
-    policy = policy_with_params(POLICY, ComputeConfig(), jax.tree.map(jnp.asarray, make_params(POLICY)))
+    mesh = mesh or alone()
+    optimizer = optax.adam(1e-3)
+    params = {"policy": jax.device_put(make_params(POLICY), shardings(abstract_policy(POLICY, mesh=mesh)))}
+    frozen = {} if backbone is None else {"backbone": nnx.to_pure_dict(nnx.state(backbone, nnx.Param))}
+    stage = StageTwo(None if backbone is None else backbone.config, POLICY, ComputeConfig(), tasks=len(rows.views))
+    state, loader, told = begin(params, params["policy"]["bridge"], optimizer, mesh), Loader(rows), []
+    step = make_step(stage, optimizer, mesh, state, frozen, seed=0)
     with meshes.use(mesh):
-        learner, loader, told = jax.jit(partial(begin, optimizer=OPTIMIZER))(policy), Loader(rows), []
-        for number in range(steps):
-            learner, means = one_step(learner, backbone, meshes.put(next(loader), mesh), jnp.uint32(number))
-            told.append(means)
-        loader.close()
-    return np.stack(told)
+        for _ in range(steps):
+            state, report = step(state, frozen, meshes.put(next(loader), mesh))
+            told.append([mean(report.told[name]) for name in ("action", "future")])
+    loader.close()
+    return np.array(told)
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def answers(
 
 def compiled() -> tuple[int, int]:
     """How many programs of each kind there are by now."""
-    programs: tuple[Any, Any] = (generation._prefill, generation._extend)
+    programs: tuple[Any, Any] = (generation.prefill, generation.extend)
     return programs[0]._cache_size(), programs[1]._cache_size()
 
 

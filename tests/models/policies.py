@@ -136,7 +136,8 @@ class Trained(NamedTuple):
 
 PARTS = 8
 
-# Of LLVM, which the tests have turned off: what runs a thousand times is worth it.
+# Of LLVM, which the tests have turned off: what runs a thousand times is worth it. With XLA's newer emitters of fusions the training
+# loops compile twice as long, and run a quarter longer.
 OPTIMISED = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
 
 

@@ -37,7 +37,7 @@ def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
     """The sources that `load_params` opens, with what was read of them."""
     sources: list[Source] = []
-    monkeypatch.setattr(load, "open_source", lambda path: sources.append(open_source(path)) or sources[-1])
+    monkeypatch.setattr(load, "open_source", lambda path, backbone: sources.append(open_source(path, backbone)) or sources[-1])
     return sources
 
 

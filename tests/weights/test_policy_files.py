@@ -244,7 +244,7 @@ def test_a_failure_on_the_way_leaves_nothing(params: dict[str, Any], tmp_path: P
 
 def test_in_a_bucket_the_contract_is_last(params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files_module, "is_local", lambda path: False)
-    monkeypatch.setattr(files_module, "_to_json", lambda files: 1 / 0)
+    monkeypatch.setattr(files_module, "contract", lambda files: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_policy(tmp_path / "policy", make_files(SMALL), params)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,257 @@
+"""A run, opened: its base's weights, its data, and all that a checkpoint says beside them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from blm_jax.config import BackboneConfig, PolicyConfig
+from blm_jax.data.corpora.packed import PackedRows, open_packed
+from blm_jax.data.demos.demonstrations import Demonstrations, open_demonstrations
+from blm_jax.data.demos.intents import open_intents
+from blm_jax.data.demos.moments import Augmentation, MomentRows, open_moments
+from blm_jax.data.demos.robots import Robot, find_robot, load_robots
+from blm_jax.data.demos.statistics import Statistics
+from blm_jax.data.demos.survey import Survey, read_survey
+from blm_jax.data.loader import Rows
+from blm_jax.data.vision.augment import AugmentConfig
+from blm_jax.errors import RequestError
+from blm_jax.models.embodiment import add_robot
+from blm_jax.models.mllm import LowRank, Mllm, adapted
+from blm_jax.models.policy import abstract_policy, random_policy
+from blm_jax.recipe import ChangesConfig, Run, SetConfig, StageOneConfig, StageTwoConfig
+from blm_jax.train.outline import ADAPTER, Outline, outline
+from blm_jax.train.select import Tree, joined, leaves, nested, split
+from blm_jax.weights.engine import open_engine
+from blm_jax.weights.fingerprint import fingerprint
+from blm_jax.weights.hub import asset_names
+from blm_jax.weights.load import load_params
+from blm_jax.weights.policy import PolicyFiles, check_backbone, contract, has_policy, load_policy_params, read_policy
+from blm_jax.weights.source import assets_dir, read_config
+from blm_jax.weights.trained import describe_base
+
+PACKAGES = ("blm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Nothing large is read yet."""
+
+    outline: Outline
+    rows: Rows[Any]
+    held_out: Rows[Any] | None
+    identity: dict[str, Any]  # of the data and its order: another makes another run
+    assets: dict[str, bytes]
+    provenance: dict[str, Any]
+    load: Callable[[], tuple[Tree, Tree, Tree | None]]  # what is trained, what is frozen, and the slow copy, as the run begins
+    load_frozen: Callable[[], Tree]  # alone, where a checkpoint holds the rest
+
+
+def open_run(run: Run, mesh: Mesh) -> Opened:
+    if not run.base or not run.out:
+        raise RequestError(
+            f"{'base' if not run.base else 'out'} is missing: say {'from which MODEL' if not run.base else 'where'} to train"
+        )
+    if run.stage_one is not None:
+        return _open_stage_one(run, run.stage_one, mesh)
+    assert run.stage_two is not None
+    return _open_stage_two(run, run.stage_two, mesh)
+
+
+# --- Stage I -----------------------------------------------------------------------------------------------------------------
+
+
+def _open_stage_one(run: Run, stage_one: StageOneConfig, mesh: Mesh) -> Opened:
+    backbone = read_config(run.base)
+    engine = partial(open_engine, run.base)
+    changes, show = _changes(stage_one.changes), jax.process_index() == 0
+
+    def rows(shares: Mapping[str, str]) -> PackedRows:
+        settings = {"length": stage_one.length, "batch": run.batch, "seed": run.seed, "row_length": stage_one.row_length}
+        return open_packed(
+            {path: _share(text) for path, text in shares.items()}, engine, **settings, changes=changes, plans=f"{run.out}/plans", show=show
+        )
+
+    packed = rows(stage_one.corpora)
+    found = outline(run, mesh, backbone, kinds={"corpus": tuple(stage_one.corpora)})
+    held_out = rows(stage_one.held_out) if stage_one.held_out else None
+    base = _fingerprint(run.base)
+    lora = None if stage_one.lora is None else asdict(stage_one.lora)
+    provenance = _provenance(run, base, found) | {"stage": 1, "lora": lora}
+
+    def load(wanted: Tree) -> Tree:
+        own = {path: leaf for path, leaf in leaves(wanted) if ADAPTER not in path}
+        return load_params(run.base, nested(own)) if own else {}
+
+    def load_all() -> tuple[Tree, Tree, None]:
+        trained = load(found.trained)
+        if found.stage.low_rank is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            trained = joined(trained, _new_adapters(backbone, found, run.seed))
+        return trained, load(found.frozen), None
+
+    identity = {"seed": run.seed, "batch": run.batch, "length": stage_one.length, "row_length": packed.row_length}
+    identity |= {"mixture": packed.sequences.mixture.identity, "changes": asdict(stage_one.changes)}
+    return Opened(found, packed, held_out, identity, _assets(run.base), provenance, load_all, lambda: load(found.frozen))
+
+
+def _new_adapters(backbone: BackboneConfig, found: Outline, seed: int) -> Tree:
+    low_rank: LowRank = found.stage.low_rank  # pyright: ignore[reportAttributeAccessIssue]
+
+    def make() -> Tree:
+        model = adapted(Mllm(backbone, found.run.hardware.compute, rngs=nnx.Rngs(0)), low_rank, seed)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return nested({path: leaf for path, leaf in leaves(params) if ADAPTER in path})
+
+    shapes = nested({path: leaf for path, leaf in leaves(found.trained) if ADAPTER in path})
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
+
+
+# --- Stage II ----------------------------------------------------------------------------------------------------------------
+
+
+def _open_stage_two(run: Run, stage_two: StageTwoConfig, mesh: Mesh) -> Opened:
+    backbone = read_config(run.base)
+    before = read_policy(run.base) if has_policy(run.base) else None
+    policy = _policy_of(run, stage_two, before)
+    check_backbone(policy, backbone)
+    known = load_robots(stage_two.robots_files)
+    robots = {name: (before.robots if before and name in before.robots else known).get(name) for name in policy.robots}
+    for name in policy.robots:
+        robots[name] = find_robot(name, known) if robots[name] is None else robots[name]
+    surveys: dict[str, Survey] = {}
+    for one in stage_two.sets:
+        robot = find_robot(one.robot, {name: found for name, found in robots.items() if found is not None})
+        surveys[f"{one.robot} {one.stats}"] = read_survey(one.stats, robot)
+    statistics = _statistics(stage_two, surveys, before)
+    files = PolicyFiles(policy, {name: robot for name, robot in robots.items() if robot is not None}, statistics, _fingerprint(run.base))
+    cached = bool(stage_two.intents)
+
+    def rows(sets: Sequence[SetConfig]) -> MomentRows:
+        return open_moments(
+            [_demonstrations(one, files.robots, surveys[f"{one.robot} {one.stats}"], cached) for one in sets],
+            statistics,
+            policy,
+            partial(open_engine, run.base),
+            batch=run.batch,
+            seed=run.seed,
+            shares=[_share(one.share) for one in sets],
+            augmentation=Augmentation(_changes(stage_two.changes), stage_two.changes.seed, stage_two.changes.versions or int(cached)),
+            room=stage_two.instruction_tokens,
+            intents=[open_intents(path) for path in stage_two.intents],
+            backbone=files.backbone,
+            dtype=run.hardware.compute.dtype,
+        )
+
+    learned = [one for one in stage_two.sets if not one.held_out]
+    held = [one for one in stage_two.sets if one.held_out]
+    moments = rows(learned)
+    tasks = tuple(one.task or one.path for one in learned)
+    kinds = {"action/task": tasks, "action/robot": policy.robots, "future/robot": policy.robots}
+    found = outline(run, mesh, None if cached else backbone, policy, kinds)
+    provenance = _provenance(run, files.backbone, found) | {"stage": 2, "intents": list(stage_two.intents)}
+
+    def load_backbone() -> Tree:
+        shapes = found.frozen.get("backbone")
+        return {} if shapes is None else {"backbone": load_params(run.base, shapes)}
+
+    def load_policy() -> Tree:
+        if before is None or stage_two.policy is not None:
+            return random_policy(policy, jnp.float32, mesh, seed=run.seed)
+        params = load_policy_params(run.base, abstract_policy(before.config, jnp.float32, mesh))
+        config = before.config
+        for name in policy.robots[len(config.robots) :]:
+            params = add_robot(params, config, seed=run.seed)
+            config = replace(config, robots=(*config.robots, name))
+        return params
+
+    def load_all() -> tuple[Tree, Tree, Tree]:
+        params = load_policy()
+        trained, frozen = split({"policy": params}, found.rate_of)
+        return trained, {**frozen, **load_backbone()}, params["bridge"]
+
+    def load_frozen() -> Tree:
+        frozen = split({"policy": load_policy()}, found.rate_of)[1] if "policy" in found.frozen else {}
+        return {**frozen, **load_backbone()}
+
+    identity = {"seed": run.seed, "batch": run.batch, "mixture": moments.order.mixture.identity, "changes": asdict(stage_two.changes)}
+    assets = _assets(run.base) | {"policy.json": json.dumps(contract(files), indent=2, allow_nan=False).encode() + b"\n"}
+    held_out = rows(held) if held else None
+    return Opened(found, moments, held_out, identity, assets, provenance, load_all, load_frozen)
+
+
+def _policy_of(run: Run, stage_two: StageTwoConfig, before: PolicyFiles | None) -> PolicyConfig:
+    """A new one as the run says, or the base's own; robots that are trained for the first time get rows at its end."""
+    config = stage_two.policy
+    if config is None:
+        if before is None:
+            raise RequestError(f"stage_two.policy is missing, and {run.base} has no policy/ to go on with: say what to train")
+        config = before.config
+        new = dict.fromkeys(one.robot for one in stage_two.sets if one.robot not in config.robots)
+        config = replace(config, robots=(*config.robots, *new))
+    return config
+
+
+def _demonstrations(one: SetConfig, robots: Mapping[str, Robot], survey: Survey, cached: bool) -> Demonstrations:
+    robot = find_robot(one.robot, robots)
+    return open_demonstrations(one.path, robot, survey, () if cached else [camera.name for camera in robot.cameras])
+
+
+def _statistics(stage_two: StageTwoConfig, surveys: Mapping[str, Survey], before: PolicyFiles | None) -> dict[str, Statistics]:
+    """By robot. Those a policy was trained with stay what they are: other numbers would mean other actions."""
+    kept = dict(before.statistics) if before is not None and stage_two.policy is None else {}
+    for one in stage_two.sets:
+        found = surveys[f"{one.robot} {one.stats}"].statistics
+        if one.robot in kept and kept[one.robot] != found:
+            raise RequestError(
+                f"{one.stats}: the base's policy, or another set, has other statistics of {one.robot}: make one file of all its sets, "
+                "or begin a new policy with stage_two.policy"
+            )
+        kept[one.robot] = found
+    return kept
+
+
+# --- both --------------------------------------------------------------------------------------------------------------------
+
+
+def _share(text: str) -> float | str:
+    """A weight is a number, a percentage is not."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _changes(changes: ChangesConfig) -> AugmentConfig:
+    return AugmentConfig(crop=changes.crop, brightness=changes.brightness, contrast=changes.contrast, saturation=changes.saturation)
+
+
+def _assets(base: str) -> dict[str, bytes]:
+    directory = assets_dir(base)
+    return {name: (directory / name).read_bytes() for name in asset_names(directory)}
+
+
+def _provenance(run: Run, base: str, found: Outline) -> dict[str, Any]:
+    return {
+        "base": describe_base(run.base, base),
+        "trained": sorted(".".join(path) for path, _ in leaves(found.trained)),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _fingerprint(base: str) -> str:
+    """Of the base, all of which is read for it: by one process."""
+    text = fingerprint(base, show=True) if jax.process_index() == 0 else ""
+    if jax.process_count() > 1:
+        text = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(80).encode(), np.uint8))).decode().strip()
+    return text
