@@ -11,8 +11,9 @@ export JAX_PLATFORMS := cpu
 
 install: $(INSTALLED)
 
+# Two files at a time: most tests compile, which keeps one core busy.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

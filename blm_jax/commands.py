@@ -240,6 +240,7 @@ def _eval_openloop(args: argparse.Namespace, process: int) -> Result:
         seed=args.seed,
         steps=args.steps,
         out=args.out,
+        backbone=args.backbone,
         hardware=_hardware(args),
     )
     result = openloop(request)
@@ -294,6 +295,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     bench = _command(commands, "bench", _bench, "run a benchmark beside its peer", uses_jax=False)
     bench.add_argument("name", metavar="NAME", help="a script of benchmarks/, without .py; flags unknown to blm go to it")
     args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "overrides"):  # argparse takes none that stand behind a flag
+        args.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
     if rest and args.run is not _bench:
         args.parser.error(f"unknown argument {' '.join(rest)}")
     args.rest = rest
@@ -457,7 +461,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="a step, what acts, what answers, or what the run is for (all)",
     )
-    parser.add_argument("--rows", type=_at_least_one, metavar="N", help="observations or prompts at once (one a device with rows of its own)")
+    parser.add_argument("--rows", type=_at_least_one, metavar="N", help="observations or prompts at once (one a device that has its own)")
     parser.add_argument("--sweep", action="store_true", help="the step on each mesh of the chips, with and without remat")
 
 
@@ -485,6 +489,7 @@ def _add_eval_openloop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_at_least_one, metavar="N", help="denoising steps (as the policy's config says)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
     parser.add_argument("--out", metavar="DIR", help="openloop.json, openloop.md and a page with plots, index.html, are written here")
+    _add_backbone(parser)
     _add_hardware(parser)
 
 
@@ -508,7 +513,7 @@ def _at_least_one(text: str) -> int:
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a directory in the Hugging Face layout or a checkpoint, local or in a bucket")
     parser.add_argument("dst", metavar="DST", help="a directory that does not exist yet")
-    parser.add_argument("--to", required=True, choices=("hf", "checkpoint", "adapter"), help="what to write; adapter: a LoRA run's for peft")
+    parser.add_argument("--to", required=True, choices=("hf", "checkpoint", "adapter"), help="what to write; adapter: of LoRA, for peft")
     _add_backbone(parser)
     parser.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest safetensors file, such as 5GB or 500MB (5GB)"

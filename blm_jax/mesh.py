@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from blm_jax.batch import Batch, Chunks, IntentRows, Moments, Prompts, RobotRows, VisionRows
@@ -228,13 +229,28 @@ def whole(shard: jax.Array, lies: Divided) -> jax.Array:
     at, beside = lies.gathered % shard.ndim, lies.automatic
 
     def gather(part: jax.Array) -> jax.Array:
-        joined = jax.lax.all_gather(jax.numpy.moveaxis(part, at, 0), "fsdp", tiled=True)
-        return jax.numpy.moveaxis(joined, 0, at)
+        return jax.numpy.moveaxis(_joined(jax.numpy.moveaxis(part, at, 0)), 0, at)
 
     if beside is not None and mesh is not None and mesh.shape["tensor"] > 1:
         spec = PartitionSpec(*("tensor" if i == beside % shard.ndim else None for i in range(shard.ndim)))
         gather = jax.shard_map(gather, in_specs=spec, out_specs=spec, axis_names=set(_AUTOMATIC), check_vma=False)
     return checkpoint_name(gather(shard), GATHERED)
+
+
+@jax.custom_vjp
+def _joined(shard: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(shard, "fsdp", tiled=True)
+
+
+def _scattered(_: None, slopes: jax.Array) -> tuple[jax.Array]:
+    first, *others = slopes.shape
+    if others and platform() == "tpu":
+        # Else the compiler may leave them as the product wrote them, with the rows last in memory, and sum them up whole again.
+        slopes = with_layout_constraint(slopes.reshape(first, -1), Layout((0, 1)))
+    return (jax.lax.psum_scatter(slopes, "fsdp", tiled=True).reshape(-1, *others),)
+
+
+_joined.defvjp(lambda shard: (_joined(shard), None), _scattered)
 
 
 def total(tree: Any) -> Any:

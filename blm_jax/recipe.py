@@ -68,8 +68,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         known = ("q", "k", "v", "out", "gate", "up", "down")
         wrong = [name for name in self.targets if name not in known]
-        _check(not wrong and len(set(self.targets)) == len(self.targets) > 0, f"lora.targets: {wrong or 'none'}; they are among {known}")
-        _check(self.rank >= 1, f"lora.rank is {self.rank}: it must be at least 1")
+        _check(not wrong and len(self.targets) > 0, f"lora.targets: {', '.join(wrong) or 'none'}: they are among {', '.join(known)}")
+        _check(len(set(self.targets)) == len(self.targets), f"lora.targets {list(self.targets)} has one twice")
+        _check(self.rank >= 1 and self.alpha > 0, f"lora.rank is {self.rank} and alpha {self.alpha}: at least 1, and above 0")
 
 
 # --- what is learned from ----------------------------------------------------------------------------------------------------
@@ -128,6 +129,7 @@ class StageTwoConfig:
 
     def __post_init__(self) -> None:
         _check(any(not one.held_out for one in self.sets), "stage_two.sets has none to learn from")
+        _check(not (self.only and self.policy), "stage_two.only trains rows of the base's policy: leave out stage_two.policy")
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------------
@@ -161,6 +163,9 @@ class EvaluationConfig:
     every: int = 0  # steps; 0: at the end alone
     batches: int = 8  # of what is held out
 
+    def __post_init__(self) -> None:
+        _check(self.every >= 0 and self.batches >= 1, f"evaluation.every is {self.every} and batches {self.batches}: at least 0 and 1")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -183,5 +188,19 @@ class Run:
 
     def __post_init__(self) -> None:
         _check((self.stage_one is None) != (self.stage_two is None), "a run has a stage_one or a stage_two, and not both")
+        self._check_best()
         _check(self.steps >= 1 and self.batch >= 1, f"steps is {self.steps} and batch {self.batch}: both are at least 1")
         _check(0 <= self.seed < 2**32, f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
+
+    def _check_best(self) -> None:
+        """A best checkpoint that can never be found would be missed at the end of the run."""
+        best, every = self.checkpoints.best, self.evaluation.every
+        if not best:
+            return
+        one, two = self.stage_one, self.stage_two
+        names = ("held_out/loss",) if one is not None else ("held_out/action", "held_out/future")
+        _check(best in names, f"checkpoints.best is {best!r}: an evaluation tells {' and '.join(names)}")
+        held = bool(one.held_out) if one is not None else two is not None and any(part.held_out for part in two.sets)
+        _check(held, f"checkpoints.best is {best}, but nothing is held out")
+        meet = bool(every) and self.checkpoints.every % every == 0
+        _check(meet, f"checkpoints.every {self.checkpoints.every} must be a multiple of evaluation.every {every}, to know the best")

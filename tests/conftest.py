@@ -15,7 +15,11 @@ ROOT = Path(__file__).parent.parent
 assert "jax" not in sys.modules, "something imported jax before tests/conftest.py could set it up"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # LLVM's optimiser is off: most programs here run once, and compile three times faster so. XLA's own passes are what they are.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # Eight devices meet on two cores that others use too: to be late is no deadlock.
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120 --xla_cpu_collective_call_terminate_timeout_seconds=280"
+)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

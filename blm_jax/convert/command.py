@@ -53,7 +53,7 @@ def convert(
     target = team.together(lambda: open_path(dst))
     source = team.together(lambda: open_source(src, backbone))
     if to == "adapter":
-        return _adapter(source, src, target, team)
+        return _adapter(source, src, target, team, started)
     tensors = hub_tensors(source.entries)
     total = sum(tensor_bytes(source, tensor) for tensor in tensors)
     policy = src if has_policy(src) else None
@@ -79,7 +79,7 @@ def convert(
     }
 
 
-def _adapter(source: Source, src: PathLike, target: epath.Path, team: Team) -> dict[str, Any]:
+def _adapter(source: Source, src: PathLike, target: epath.Path, team: Team, started: float) -> dict[str, Any]:
     if not isinstance(source, AdaptedSource):
         raise RequestError(f"{src} has no low-rank adapters: it was not trained with lora; convert it --to hf")
     described = [tensor for entry in source.adapters.entries.values() for tensor in entry.tensors()]
@@ -87,7 +87,8 @@ def _adapter(source: Source, src: PathLike, target: epath.Path, team: Team) -> d
     with Output(target, size, team) as output:
         if team.leads:
             write_for_peft(output.directory, source.adapters, source.origin)
-    return {"out": str(target), "to": "adapter", "files": 2, "bytes": size, "tensors": len(described), "seconds": 0.0}
+    seconds = round(time.monotonic() - started, 3)
+    return {"out": str(target), "to": "adapter", "files": 2, "bytes": size, "tensors": len(described), "seconds": seconds}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ and other workers, and reads what it would have read.
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -58,6 +61,12 @@ class _OfHost:
 
     rows: Rows[Any]
     own: Sequence[int]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Here a worker process begins. Launchers tell all processes to stop, and the run saves first: it ends its workers itself."""
+        if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.__dict__.update(state)
 
     def __len__(self) -> int:
         return ENDLESS

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from blm_jax.evaluate.scores import Errors, Truth, errors, forecasts, plain, ran
 from blm_jax.infer.act import Actor, Intent, load_actor, look
 from blm_jax.weights.engine import open_engine
 from blm_jax.weights.policy import PolicyFiles, read_policy
+from blm_jax.weights.trained import newest_of_run
 
 FORMAT = 1
 ROWS = 8  # of a batch, for each part into which the mesh cuts it
@@ -58,6 +60,7 @@ class Request:
     seed: int = 0
     steps: int | None = None  # of denoising; None: as the policy's config says
     out: str | None = None
+    backbone: str | None = None  # where what a training checkpoint left frozen lies now
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
@@ -93,11 +96,12 @@ class Moment(NamedTuple):
 class Opened(NamedTuple):
     """A request, looked at: numbers are read, pictures and weights are not."""
 
+    model: str  # of a run, its newest checkpoint
     files: PolicyFiles
     robot: Robot
+    every: int
     recorded: list[Recorded]
     moments: list[Moment]
-    every: int
     truth: Truth
     replay: np.ndarray  # [moments, horizon, dims]
 
@@ -107,8 +111,8 @@ def openloop(request: Request) -> dict[str, Any]:
     start = time.perf_counter()
     opened = _open(request)
     robot, truth, statistics = opened.robot, opened.truth, opened.files.statistics[opened.robot.name]
-    engine, mesh = open_engine(request.model), meshes.make_mesh(request.hardware.mesh)
-    actor = load_actor(request.model, mesh, request.hardware.compute, engine)
+    engine, mesh = open_engine(opened.model), meshes.make_mesh(request.hardware.mesh)
+    actor = load_actor(opened.model, mesh, request.hardware.compute, engine, backbone=request.backbone)
     loaded = time.perf_counter()
     made = predict(actor, opened, request.samples, request.seed, request.steps)
     acted = time.perf_counter()
@@ -133,18 +137,13 @@ def openloop(request: Request) -> dict[str, Any]:
 def _open(request: Request) -> Opened:
     if request.out is not None:
         check_output(request.out)
-    files = read_policy(request.model)
+    model = os.fspath(newest_of_run(open_path(request.model)))
+    files = read_policy(model)
     check_stored(files.robots, request.robots_files)
     robot = files.find(request.robot)
     every = request.every or robot.executed
     recorded = [_read(path, robot, request, every) for path in request.sets]
-    moments = [
-        Moment(which, number, step)
-        for which, one in enumerate(recorded)
-        for number, episode in one.episodes.items()
-        for step in range(0, len(episode.action), every)
-    ]
-    return Opened(files, robot, recorded, moments, every, *_truth(recorded, moments, robot))
+    return Opened(model, files, robot, every, recorded, *_moments(recorded, robot, every))
 
 
 def _read(path: str, robot: Robot, request: Request, every: int) -> Recorded:
@@ -186,16 +185,20 @@ def _read_good(source: Source, robot: Robot, number: int, every: int, *, picture
     return episode
 
 
-def _truth(recorded: Sequence[Recorded], moments: Sequence[Moment], robot: Robot) -> tuple[Truth, np.ndarray]:
-    """What was done, read along the episodes; and the same as the chunks that training reads, [moments, horizon, dims]."""
-    episodes = [recorded[moment.which].episodes[moment.episode] for moment in moments]
-    windows = {id(episode): chunks(episode, robot.horizon)[0] for episode in episodes}
-    replay = np.stack([windows[id(episode)][moment.step] for episode, moment in zip(episodes, moments, strict=True)])
-    places = np.array([moment.step for moment in moments])[:, None] + np.arange(robot.horizon)  # [moments, horizon]
-    mask = places < np.array([len(episode.action) for episode in episodes])[:, None]
-    done = [episode.action[np.minimum(steps, len(episode.action) - 1)] for episode, steps in zip(episodes, places, strict=True)]
-    states = [episode.state[moment.step] for episode, moment in zip(episodes, moments, strict=True)]
-    return Truth(np.stack(done), mask, np.stack(states)), replay
+def _moments(recorded: Sequence[Recorded], robot: Robot, every: int) -> tuple[list[Moment], Truth, np.ndarray]:
+    """All that are looked at; what was done, read along the episodes; and the same as the chunks that training reads."""
+    moments: list[Moment] = []
+    parts: list[tuple[np.ndarray, ...]] = []
+    for which, one in enumerate(recorded):
+        for number, episode in one.episodes.items():
+            count = len(episode.action)
+            steps = np.arange(0, count, every)
+            places = steps[:, None] + np.arange(robot.horizon)  # [moments, horizon]
+            moments += [Moment(which, number, step) for step in steps.tolist()]
+            done = episode.action[np.minimum(places, count - 1)]
+            parts.append((done, places < count, episode.state[steps], chunks(episode, robot.horizon)[0][steps]))
+    *truth, replay = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return moments, Truth(*truth), replay
 
 
 # --- what the policy would do ------------------------------------------------------------------------------------------------
@@ -206,9 +209,12 @@ def predict(actor: Actor, opened: Opened, samples: int, seed: int, steps: int | 
     moments, states = opened.moments, opened.truth.states
     shards = meshes.batch_shards(actor.mesh)
     rows = min(ROWS, -(-len(moments) // shards)) * shards
-    loader = Loader(MomentPrompts(opened, actor.engine, rows))
+    quiet = None if jax.process_index() == 0 else True
     made: list[np.ndarray] = []
-    with tqdm(total=len(moments), unit=" chunks", desc="openloop", disable=None if jax.process_index() == 0 else True) as bar:
+    with (
+        closing(Loader(MomentPrompts(opened, actor.engine, rows))) as loader,
+        tqdm(total=len(moments), unit=" chunks", desc="openloop", disable=quiet) as bar,
+    ):
         for first in range(0, len(moments), rows):
             prompts = meshes.put(next(loader), actor.mesh)
             with meshes.use(actor.mesh):
@@ -218,10 +224,10 @@ def predict(actor: Actor, opened: Opened, samples: int, seed: int, steps: int | 
             settings = {"samples": samples, "seed": seed, "first": first, "steps": steps}
             made += actor.sample_actions(now, names, intent=Intent(names, seen), **settings)
             bar.update(len(now))
-    loader.close()
-    if not np.isfinite(made).all():
+    chunks = np.stack(made)
+    if not np.isfinite(chunks).all():
         raise RunError("the policy gave actions that are not finite: its weights are not to be trusted")
-    return np.stack(made)
+    return chunks
 
 
 class MomentPrompts:
@@ -260,7 +266,7 @@ def _terms(request: Request, opened: Opened) -> dict[str, Any]:
     """What the numbers depend on."""
     return {
         "format": FORMAT,
-        "model": request.model,
+        "model": opened.model,
         "backbone": opened.files.backbone,
         "statistics": opened.files.statistics[opened.robot.name].fingerprint,
         "seed": request.seed,

@@ -34,7 +34,9 @@ def read_plan(files: Sequence[str], overrides: Sequence[str]) -> Run | Experimen
             raise no_run from None
 
 
-def plan_run(of: Run | Experiment, name: str, *, which: Which = "all", rows: int | None = None, sweep: bool = False) -> dict[str, Any]:
+def plan_run(
+    of: Run | Experiment, name: str, *, which: Which = "all", rows: int | None = None, sweep: bool = False, remedy: bool = True
+) -> dict[str, Any]:
     """What `blm plan --json` prints, and as `text` what it prints without; `no` is said where something does not fit."""
     topology = describe(name)
     if sweep:
@@ -44,7 +46,7 @@ def plan_run(of: Run | Experiment, name: str, *, which: Which = "all", rows: int
     for program in _programs(of, mesh, which, rows):
         _tell(f"{program.name} on {topology.name}: compiling, which takes minutes")
         found = examine(program, topology, of.hardware.compiler_options)
-        if not found.fits and isinstance(of, Run) and program.parameters is not None:
+        if remedy and not found.fits and isinstance(of, Run) and program.parameters is not None:
             found = found.with_remedies(tuple(remedies(of, topology, program, found)))
         plans.append(found)
     return {
@@ -73,7 +75,7 @@ def _programs(of: Run | Experiment, mesh: Mesh, which: Which, rows: int | None) 
     """Lowered one by one: each takes a while."""
     if isinstance(of, Experiment) and which not in ("all", "generation"):
         raise RequestError(f"--program {which}: the config has no stage_one or stage_two, and is planned for generation alone")
-    if rows is not None and (which == "train" or which == "all" and isinstance(of, Run) and of.stage_two is None):
+    if rows is not None and (which == "train" or (which == "all" and isinstance(of, Run) and of.stage_two is None)):
         raise RequestError("--rows is how many are answered or acted on at once: a step's rows are batch=")
     if isinstance(of, Run) and which in ("train", "all"):
         _tell("lowering the step")

@@ -20,12 +20,14 @@ def received(of: Outline) -> dict[str, int]:
     """Bytes that a device receives along each axis for weights and their slopes; activations are not among them."""
     found: Counter[str] = Counter()
     width = jnp.dtype(of.run.hardware.compute.dtype).itemsize
-    learned = [path for path, _ in leaves(of.trained)]
+    learned, blind = [path for path, _ in leaves(of.trained)], of.run.stage_one is not None and of.run.stage_one.row_length == 0
     trees = [(of.trained, True), (of.frozen, False), ({"slow": of.slow or {}}, False)]
     for path, leaf, trained in ((path, leaf, trained) for tree, trained in trees for path, leaf in leaves(tree)):
+        if blind and path[0] == "vision":
+            continue
         own = math.prod(leaf.sharding.shard_shape(leaf.shape))
         along = [axis for axis in meshes.by_weight(leaf) if axis is not None]
-        sent = of.parts * (own * (4 if path[-1] in SCALES else width))
+        sent = of.parts * own * (leaf.dtype.itemsize if path[-1] in SCALES else width)
         times = _gathers(path, trained, learned) + trained
         for axis in along:
             found[axis] += times * sent * (of.mesh.shape[axis] - 1)

@@ -298,20 +298,31 @@ def faults(counts: Counts, parameters: Any) -> list[str]:
 
     parameters: a tree of shapes with shardings.
     """
-    whole: dict[tuple[int, ...], list[str]] = {}
+    whole: dict[tuple[int, ...], dict[str, set[str]]] = {}  # by shape: parameters, and the axes that divide them
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
-        if str(getattr(path[-1], "key", "")) not in _SMALL:
+        if str(getattr(path[-1], "key", "")) not in _SMALL and leaf.sharding is not None:
+            axes = {axis for part in leaf.sharding.spec if part for axis in (part if isinstance(part, tuple) else (part,))}
             for dims in _whole_shapes(leaf):
-                whole.setdefault(dims, []).append(jax.tree_util.keystr(path, simple=True, separator="."))
+                whole.setdefault(dims, {})[jax.tree_util.keystr(path, simple=True, separator=".")] = axes
     found = []
     for one in counts.collectives:
-        shapes = [shape for shape in one.shapes if _key(shape.dims) in whole] if one.kind == "all-reduce" else []
+        if one.kind != "all-reduce":
+            continue
+        # Where devices that share no shard add up, each has its part of a slope already.
+        alike = {
+            shape: [name for name, axes in whole.get(_key(shape.dims), {}).items() if axes & set(one.groups.axes)] for shape in one.shapes
+        }
+        shapes = [shape for shape in one.shapes if alike[shape]]
         if shapes:
-            told = ", ".join(f"{shape} (like {' or '.join(sorted(set(whole[_key(shape.dims)])))})" for shape in shapes)
+            told = ", ".join(f"{shape} (like {_some(alike[shape])})" for shape in dict.fromkeys(shapes))
             share = sum(shape.bytes for shape in shapes) / sum(shape.bytes for shape in one.shapes)
             sent = share * one.bytes * one.times / 1e9
             found.append(f"summed whole over {'+'.join(one.groups.axes)}, {one.times} times, {sent:.2f} GB a device: {told}")
     return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return " or ".join(names[:3]) + (f" or {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def _whole_shapes(leaf: jax.ShapeDtypeStruct) -> set[tuple[int, ...]]:

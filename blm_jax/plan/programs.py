@@ -29,7 +29,7 @@ from blm_jax.weights.source import read_config
 
 def training(run: Run, mesh: Mesh) -> Program:
     """The step that `blm train` runs, and no copy of it."""
-    found, row = _stage_one(run, mesh) if run.stage_two is None else _stage_two(run, run.stage_two, mesh)
+    found, row = outline_one(run, mesh) if run.stage_two is None else outline_two(run, run.stage_two, mesh)
     state = found.state()
     with meshes.use(mesh):
         step: Any = found.step()
@@ -46,14 +46,14 @@ def training(run: Run, mesh: Mesh) -> Program:
     )
 
 
-def _stage_one(run: Run, mesh: Mesh) -> tuple[Outline, Any]:
+def outline_one(run: Run, mesh: Mesh) -> tuple[Outline, Any]:
     assert run.stage_one is not None
     backbone = backbone_of(run)
     found = outline(run, mesh, backbone, kinds={"corpus": tuple(run.stage_one.corpora)})
     return found, rows.conversation(backbone, run.stage_one.length, run.stage_one.row_length)
 
 
-def _stage_two(run: Run, stage_two: StageTwoConfig, mesh: Mesh) -> tuple[Outline, Any]:
+def outline_two(run: Run, stage_two: StageTwoConfig, mesh: Mesh) -> tuple[Outline, Any]:
     backbone, policy, robot = backbone_of(run), policy_of(run), robot_of(stage_two)
     kinds = {"action/task": tuple(one.task or one.path for one in stage_two.sets if not one.held_out)}
     cached = bool(stage_two.intents)

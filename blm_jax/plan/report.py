@@ -51,6 +51,7 @@ class Plan:
     mesh: dict[str, int]
     fits: bool
     compile_seconds: float
+    compile_cpu_seconds: float  # of all threads: what else runs on the machine adds nothing
     memory: dict[str, int]  # bytes of a chip: arguments, outputs, ... where it fits; held, used and available
     needed: int  # operations of useful work, over all chips
     operations: int = 0  # of one chip, as compiled
@@ -84,13 +85,14 @@ class Plan:
 
 
 def examine(of: Program, topology: Topology, options: Mapping[str, str]) -> Plan:
-    started = time.perf_counter()
+    started, before = time.perf_counter(), time.process_time()
     compiled = fits.compile_for(of.lowered, options)
     known: dict[str, Any] = {
         "program": of.name,
         "topology": topology.name,
         "mesh": dict(of.mesh.shape),
         "compile_seconds": round(time.perf_counter() - started, 1),
+        "compile_cpu_seconds": round(time.process_time() - before, 1),
         "needed": of.needed,
         "notes": of.notes,
     }

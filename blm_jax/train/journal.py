@@ -63,9 +63,9 @@ class _Since:
         self.computed += work.needed + work.repeated
 
     def speeds(self, clock: Clock, peak: float | None) -> Row:
-        """Of steps and their wait for data alone: saves and evaluations have shares of their own in the clock."""
+        """Of steps, what the host does beside them, and their wait for data: saves and evaluations have shares of their own."""
         spent = {part: seconds - self.before[part] for part, seconds in clock.seconds().items()}
-        seconds = max(spent["step"] + spent["repeated"] + spent["data"], 1e-9)
+        seconds = max(spent["step"] + spent["repeated"] + spent["data"] + spent["other"], 1e-9)
         speeds: Row = {
             "seconds_per_step": seconds / self.steps,
             "rows_per_second": self.rows / seconds,

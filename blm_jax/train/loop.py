@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -41,9 +42,12 @@ def train(opened: Opened, clock: Clock) -> dict[str, Any]:
         kept = fingerprint_tree(frozen)
         start = int(state.step)
         stack.enter_context(meshes.use(mesh))
+        if start >= run.steps:
+            return {"step": start, "stopped": False, "last": {}, "skipped": int(state.skipped), **clock.report()}
         rows = Batches(opened.rows, mesh, run.batch, start, run.workers)
         stack.callback(rows.close)
-        first = rows.next()
+        with clock.time("data"):
+            first = rows.next()
         with clock.time("compile"):
             step = found.step().lower(state, frozen, first.batch).compile(run.hardware.compiler_options or None)
         held_out = _evaluation(opened, stack)
@@ -58,6 +62,7 @@ def train(opened: Opened, clock: Clock) -> dict[str, Any]:
                 kinds=found.kinds,
                 peak=peak(mesh.devices.flat),
                 wandb=run.log.wandb,
+                config=asdict(run),
                 process=jax.process_index(),
             )
         )
@@ -75,11 +80,11 @@ def train(opened: Opened, clock: Clock) -> dict[str, Any]:
             journal.log(number, values(report), counted)
             _check_finite(before, number - 1, run.optimizer.skips)
             before = report
-            if number < run.steps:
+            stop = number < run.steps and stopped(number)
+            done = number == run.steps or stop
+            if not done:
                 with clock.time("data"):
                     first = rows.next()  # while the devices are at work
-            stop = stopped(number)
-            done = number == run.steps or stop
             numbers: dict[str, float] = {}
             if held_out is not None and not stop and (done or (run.evaluation.every and number % run.evaluation.every == 0)):
                 journal.flush()  # or the wait for the step would count as evaluation
@@ -136,9 +141,9 @@ def _restore(opened: Opened, checkpoints: Checkpoints, clock: Clock) -> tuple[St
             trained, frozen, slow = opened.load()
             return begin(trained, slow, found.optimizer, found.mesh), frozen
         check_same_data(restored.data.get("identity"), opened.identity, found.run.out)
-        params, _ = split(restored.params, found.rate_of)
+        params, held = split(restored.params, found.rate_of)
         rest = jax.tree.unflatten(jax.tree.structure(rest_of(wanted)), jax.tree.leaves(restored.state))
-        return State(**{"slow": None, **rest, "params": params}), opened.load_frozen()
+        return State(**{"slow": None, **rest, "params": params}), {**held, **opened.load_frozen()}
 
 
 def _check_finite(report: Report | None, number: int, limit: int) -> None:
@@ -189,7 +194,7 @@ def _evaluation(opened: Opened, stack: ExitStack) -> Evaluate | None:
     if opened.held_out is None:
         return None
     found, held_out = opened.outline, opened.held_out
-    compiled = make_evaluation(found.stage, found.mesh, found.state(), found.frozen, seed=found.run.seed)
+    compiled = make_evaluation(found.stage, found.mesh, found.state(), found.frozen, seed=found.run.seed, parts=found.parts)
 
     def evaluate(state: State, frozen: Tree) -> dict[str, float]:
         batches = Batches(held_out, found.mesh, found.run.batch)

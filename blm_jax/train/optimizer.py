@@ -19,7 +19,7 @@ SCALES = ("scale", "bias")  # leaves that are no matrices: not decayed
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate of each step: up to its height, then down to the floor at the last one."""
+    """The rate of each step: up to its height, then down to the floor, which one step more would reach."""
     warm = round(config.warmup * steps)
     height, floor = config.rate, config.rate * config.floor
     rest = max(1, steps - warm)
@@ -78,7 +78,7 @@ class AdamState(NamedTuple):
 
 def scale_by_adam(b1: float, b2: float, eps: float, form: Moments) -> optax.GradientTransformation:
     """Adam's direction. Where moments have few bits they are rounded by chance: one that grows by less than half a bit a step would
-    never move otherwise. Of the mean square it is the root that is kept, and never as 0 where it is not: the division stays tame."""
+    never move otherwise. In eight bits the root of the mean square is kept, and never as 0 where it is not: the division stays tame."""
 
     def init(params: Any) -> AdamState:
         zeros = jax.tree.map(lambda leaf: _pack(jnp.zeros(leaf.shape, jnp.float32), form, signed=True, key=None), params)

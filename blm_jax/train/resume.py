@@ -14,20 +14,27 @@ from blm_jax.recipe import Run
 
 CONFIG = "config.yaml"
 # What may be another after a restart: none of it changes which numbers are made.
-FREE = ("out", "workers", "hardware", "checkpoints", "evaluation", "log", "model")
+FREE = ("base", "out", "workers", "hardware", "checkpoints", "evaluation", "log", "model")  # the base is known by its fingerprint
+BOUND = ("hardware.compute.dtype",)
 
 
-def keep_config(run: Run) -> None:
-    """RUN/config.yaml: every field of the run. One that is there already must be of the same run."""
+def check_config(run: Run) -> None:
+    """A run that is in the directory already must be the same one."""
     path = open_path(run.out) / CONFIG
     if path.exists():
         check_same_run(configfile.read(Run, path), run, path)
+
+
+def keep_config(run: Run) -> None:
+    """RUN/config.yaml: every field of the run."""
+    path = open_path(run.out) / CONFIG
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, configfile.render(run).encode())
 
 
 def check_same_run(before: Run, now: Run, path: epath.Path) -> None:
-    changed = [name for name in _differing(asdict(before), asdict(now)) if name.partition(".")[0] not in FREE]
+    found = _differing(asdict(before), asdict(now))
+    changed = [name for name in found if name.partition(".")[0] not in FREE or name in BOUND]
     if changed:
         raise RequestError(f"{path} is of another run: {_listed(changed)} differ; go on with what it says, or choose another out")
 

@@ -157,8 +157,12 @@ class StageTwo:
         return jax.lax.stop_gradient(model.intent(prompts, self.policy.intent_block))
 
     def follow(self, slow: Tree | None, trained: Tree) -> Tree | None:
-        bridge = trained["policy"].get("bridge")
-        return slow if bridge is None or slow is None else follow(slow, bridge, self.policy.objective.ema)  # pyright: ignore
+        """Of a bridge that is frozen in part, the other part follows."""
+        if slow is None:
+            return None
+        now = dict(leaves(trained["policy"].get("bridge", {})))
+        decay = self.policy.objective.ema
+        return nested({path: follow(leaf, now[path], decay) if path in now else leaf for path, leaf in leaves(slow)})
 
 
 def own_groups(batch: Batch) -> Batch:

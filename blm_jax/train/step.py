@@ -112,14 +112,17 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(places, meshes.everywhere(mesh)))
 
 
-def make_evaluation(stage: Stage, mesh: Mesh, state: State, frozen: Tree, *, seed: int) -> Callable[[State, Tree, Any], Told]:
+def make_evaluation(
+    stage: Stage, mesh: Mesh, state: State, frozen: Tree, *, seed: int, parts: int = 1
+) -> Callable[[State, Tree, Any], Told]:
     """The losses of a batch, with the same noise each time; nothing changes."""
     rows, copies = meshes.by_rows(), meshes.copied()
     of_params, of_slow, of_frozen = (jax.tree.map(meshes.by_weight, tree) for tree in (state.params, state.slow, frozen))
 
     def look(params: Tree, slow: Tree | None, frozen: Tree, batch: Any, keys: jax.Array) -> Told:
         keys = jax.random.wrap_key_data(keys)
-        _, told = stage.loss(params, frozen, slow, batch, keys, meshes.total(stage.weigh(batch, keys)), train=False)
+        weights = meshes.total(stage.weigh(batch, keys))
+        told = _added(lambda part: stage.loss(params, frozen, slow, part[0], part[1], weights, train=False)[1], (batch, keys), parts)
         return meshes.total(told)
 
     apart = meshes.rows_apart(look, mesh, (of_params, of_slow, of_frozen, rows, rows), copies)

@@ -13,22 +13,25 @@ import numpy as np
 import pytest
 
 from blm_jax.cli import main
+from blm_jax.config import HardwareConfig, MeshConfig
 from blm_jax.data.demos import robots
 from blm_jax.data.demos.episodes import Recording
+from blm_jax.data.demos.recorder import Recorder
 from blm_jax.data.demos.robots import Robot
 from blm_jax.data.demos.statistics import Statistics, from_arrays
 from blm_jax.errors import RequestError
 from blm_jax.evaluate.openloop import ROWS, Request, openloop
+from blm_jax.evaluate.scores import Truth, errors, forecasts, plain
 from blm_jax.infer.act import Actor, denoise, look, noise_of
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.policy import PolicyFiles, write_policy
 from tests.convert.policy_dirs import make_params
-from tests.data.demos.recordings import write
+from tests.data.demos.recordings import record, write
 from tests.data.demos.stage_two import ARM, POLICY, ROBOTS, SMALL
 from tests.tiny_model import write_tiny_model
 
 CONFIG = replace(POLICY, robots=("small", "my_arm"))
-LENGTHS = {"small": [5, 2, 9], "my_arm": [6, 3]}  # chunks have 3 and 4 steps, of which 1 and 2 are executed
+LENGTHS = {"small": [5, 2, 10], "my_arm": [6, 3]}  # chunks have 3 and 4 steps, of which 1 and 2 are executed
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,8 @@ class World:
     recordings: dict[str, list[Recording]]
     statistics: dict[str, Statistics]
 
-    def ask(self, robot: Robot = SMALL, *sets: str, **settings: Any) -> dict[str, Any]:
-        paths = tuple(str(self.folder / name) for name in sets or (robot.name,))
-        return openloop(Request(str(self.folder / "model"), paths, robot.name, **settings))
+    def ask(self, robot: Robot, **settings: Any) -> dict[str, Any]:
+        return openloop(Request(str(self.folder / "model"), (str(self.folder / robot.name),), robot.name, **settings))
 
     def flags(self, *more: str) -> list[str]:
         return ["eval", "openloop", str(self.folder / "model"), str(self.folder / "small"), "--robot", "small", *more]
@@ -50,7 +52,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
-    recordings = {name: write(folder / name, robot, LENGTHS[name]) for name, robot in ROBOTS.items()}
+    recordings = {name: write_episodes(folder / name, robot) for name, robot in ROBOTS.items()}
     statistics = {name: learned(robot, recordings[name]) for name, robot in ROBOTS.items()}
     model = write_tiny_model(folder / "model")
     params = make_params(CONFIG)
@@ -58,6 +60,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_policy(model / "policy", PolicyFiles(CONFIG, ROBOTS, statistics, fingerprint(model)), params)
     (folder / "robots.yaml").write_text(robots.render(ROBOTS))
     return World(folder, recordings, statistics)
+
+
+def write_episodes(path: Path, robot: Robot) -> list[Recording]:
+    """Instructions are of very different lengths."""
+    made = [
+        replace(record(robot, length, i), instruction="do it" + i * " and then once more") for i, length in enumerate(LENGTHS[robot.name])
+    ]
+    with Recorder(path, robot, "rlds") as recorder:
+        for one in made:
+            recorder.add(one)
+    return made
 
 
 def learned(robot: Robot, recordings: Sequence[Recording]) -> Statistics:
@@ -187,8 +200,6 @@ def test_a_policy_that_is_off_by_so_much(world: World, monkeypatch: pytest.Monke
 
 def test_dimensions_of_which_nothing_is_known() -> None:
     """A gripper that the state does not tell of, and one that never moves."""
-    from blm_jax.evaluate.scores import Truth, errors, forecasts, plain
-
     blind = replace(SMALL, state=SMALL.state[:1])
     states = np.linspace(-1, 1, 6)[:, None]
     actions = np.stack([np.repeat(states, 3, axis=1) + 0.5, np.ones((6, 3))], axis=-1)
@@ -211,17 +222,19 @@ def comparable(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_mesh_says_the_same_and_programs_are_compiled_once(world: World) -> None:
-    from blm_jax.config import HardwareConfig, MeshConfig
-
+    programs: list[Any] = [look, denoise]
+    for program in programs:
+        program.clear_cache()
     alone = world.ask(SMALL, samples=2)
+    assert alone["robots"]["small"]["moments"] == 2 * ROWS + 1
     assert comparable(world.ask(SMALL, samples=2)) == comparable(alone)
+    assert [program._cache_size() for program in programs] == [1, 1]
     assert comparable(world.ask(SMALL, samples=2, seed=1)) != comparable(alone)
-    sizes = [program._cache_size() for program in (look, denoise)]  # pyright: ignore
-    monkeyed = world.ask(SMALL, "small", samples=2, hardware=HardwareConfig(mesh=MeshConfig(data=2, fsdp=1, tensor=1)))
-    assert monkeyed["hardware"]["devices"] == 2
+    divided = world.ask(SMALL, samples=2, hardware=HardwareConfig(mesh=MeshConfig(data=2, fsdp=2, tensor=1)))
+    assert [program._cache_size() for program in programs] == [2, 2]
+    assert divided["hardware"]["devices"] == 4
     for way in ("policy", "mean of 2", "best of 2", "hold", "mean", "replay"):
-        assert_numbers(numbers(monkeyed, SMALL, way), numbers(alone, SMALL, way), 1e-4)
-    assert [program._cache_size() for program in (look, denoise)] == [size + 1 for size in sizes]  # pyright: ignore
+        assert_numbers(numbers(divided, SMALL, way), numbers(alone, SMALL, way), 1e-4)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------------
@@ -287,12 +300,10 @@ def test_refusals(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_bad_episodes_are_left_out_and_told(world: World, tmp_path: Path) -> None:
-    good = write(tmp_path / "mixed", SMALL, [3, 9])
-    far = [replace(one, state=np.concatenate([one.state[:1], one.state[1:] + [9, 0]]).astype(np.float32)) for one in good[:1]]
-    from blm_jax.data.demos.recorder import Recorder
-
     with Recorder(tmp_path / "both", SMALL, "rlds") as recorder:
-        for one in (*far, good[1]):
+        for far, length in ((9, 3), (0, 9)):
+            one = record(SMALL, length)
+            one.state[1, 0] += far
             recorder.add(one)
     result = openloop(Request(str(world.folder / "model"), (str(tmp_path / "both"),), "small"))
     (told,) = result["robots"]["small"]["sets"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from blm_jax import mesh as meshes
 from blm_jax.batch import IntentRows, Prompts
+from blm_jax.cli import main
 from blm_jax.config import (
     BackboneConfig,
     BridgeConfig,
@@ -22,19 +25,22 @@ from blm_jax.config import (
     DecoderConfig,
     DiTConfig,
     EmbodimentConfig,
+    Experiment,
     HardwareConfig,
     MeshConfig,
     PolicyConfig,
     VisionConfig,
 )
-from blm_jax.counts import decoder_operations, vision_operations
+from blm_jax.configfile import render
+from blm_jax.counts import decoder_operations, layer_weights, vision_operations
 from blm_jax.data.demos.robots import load_robots
 from blm_jax.errors import RequestError
 from blm_jax.mesh import make_mesh
-from blm_jax.plan import command, programs, rows
+from blm_jax.plan import command, least, programs, rows
 from blm_jax.plan.report import Plan, Program, examine, table
 from blm_jax.plan.topology import describe
 from blm_jax.recipe import LoraConfig, ModuleConfig, OptimizerConfig, Run, SetConfig, StageOneConfig, StageTwoConfig
+from blm_jax.train.select import leaves
 
 BACKBONE = BackboneConfig(
     VisionConfig(layers=2, width=64, heads=2, ffn=96, out_width=128, full_attention_layers=(1,)),
@@ -91,6 +97,7 @@ def product(pod: Mesh, gib: float = 0.0) -> Program:
 
 def test_a_report_in_figures_that_are_known(pod: Mesh) -> None:
     plan = examine(product(pod), describe("v5e:2x2"), {})
+    assert 0 < plan.compile_cpu_seconds < 60
     assert plan.fits and plan.chips == 4 and plan.mesh == {"data": 2, "fsdp": 2, "tensor": 1}
     assert plan.operations == plan.needed // 4 == 2 * 4096 * 2048**2
     assert plan.seconds is not None and plan.mfu is not None
@@ -184,23 +191,96 @@ def test_a_run_without_a_model_says_so(pod: Mesh) -> None:
         programs.training(replace(ONE, model=None), pod)
 
 
-def test_the_whole_command() -> None:
-    """One layer, text alone, for one chip: compiled by the TPU compiler."""
-    small = replace(BACKBONE, decoder=replace(BACKBONE.decoder, layers=1))
-    run = replace(
-        ONE,
-        batch=1,
-        model=small,
-        stage_one=StageOneConfig(corpora={"a": "1"}, length=128, row_length=0),
-        hardware=replace(ONE.hardware, mesh=MeshConfig(1, 1, 1)),
-        optimizer=OptimizerConfig(rate=1e-5, modules=(ModuleConfig("vision.*", 0.0),)),
-    )
-    result = command.plan_run(run, "v5e:1x1")
+TEXT = replace(BACKBONE.decoder, width=512, heads=4, kv_heads=4, ffn=2048, vocab=2048, mrope_section=(16, 24, 24))
+
+
+def written(folder: Path, **changes: Any) -> str:
+    """A run of text alone, as a file."""
+    model = replace(BACKBONE, decoder=TEXT, vision=replace(BACKBONE.vision, out_width=512))
+    optimizer = OptimizerConfig(rate=1e-5, modules=(ModuleConfig("vision.*", 0.0),))
+    stage_one = StageOneConfig(corpora={"a": "1"}, length=512, row_length=0)
+    file = folder / "run.yaml"
+    file.write_text(render(replace(ONE, batch=4, model=model, stage_one=stage_one, optimizer=optimizer, **changes)))
+    return str(file)
+
+
+def test_the_command_says_what_a_step_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", written(tmp_path), "--topology", "v5e:2x2", "--json"]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert result["fits"] and result["topology"] == "v5e:2x2" and "lowering the step" in said.err
     (plan,) = result["programs"]
-    assert result["fits"] and plan["fits"] and plan["program"] == "Stage I, a step" and plan["collectives"] == ()
-    forward = decoder_operations(small.decoder, 1, 128, 128)
-    assert plan["needed"] <= 3 * forward <= plan["operations"] <= 5 * forward
-    assert "Stage I, a step on v5e:1x1" in result["text"] and "note: rows are full" in result["text"]
+    assert plan["program"] == "Stage I, a step" and plan["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and plan["faults"] == []
+    # All of the forward pass that is not kept is made again, and attention computes the blocks that the diagonal only cuts.
+    assert plan["needed"] < 4 * plan["operations"] <= 1.4 * plan["needed"]
+    # Two gathers and one scatter of each layer's weights, one and one of the embedding and the head; slopes of all, between copies.
+    kernels = TEXT.layers * (4 * 512**2 + 3 * 512 * 2048)
+    tables = 2 * 512 * 2048
+    received = {over: sum(one["bytes"] for one in plan["collectives"] if one["over"] == [over]) for over in plan["least"]}
+    assert plan["least"] == {
+        "fsdp": pytest.approx(3 * kernels + 2 * tables, rel=0.01),
+        "data": pytest.approx(2 * (kernels + tables), rel=0.01),
+    }
+    assert all(received[over] == pytest.approx(least, rel=0.01) for over, least in plan["least"].items())
+
+
+def test_the_command_says_no(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "training", lambda run, mesh: product(mesh, gib=9)._replace(parameters={}))
+    monkeypatch.setattr(command, "remedies", lambda *_: ["with less: 3 GiB"])
+    assert main(["plan", written(tmp_path), "--topology", "v5e:2x2"]) == 1
+    said = capsys.readouterr()
+    assert "does not fit" in said.out and "would fit: with less" in said.out
+    assert re.search(r"blm: error: a product does not fit on v5e:2x2: it needs 18\.\d+ GiB of each chip's 15\.\d+$", said.err.strip())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology", "v5e"], "topology 'v5e' is not understood"),
+        (["--topology", "v5e:2x2", "hardware.mesh.fsdp=8"], "does not fit 4 devices"),
+        (["--topology", "v5e:2x2", "--rows", "4"], "a step's rows are batch="),
+        (["--topology", "v5e:2x2", "--program", "sampling"], "only a run of Stage II"),
+        (["--topology", "v5e:2x2", "batch=3"], "batch is 3"),
+        (["--topology", "v5e:2x2", "--sweep", "batch=6"], "batch is 6"),
+    ],
+)
+def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    assert main(["plan", written(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_alone_is_planned_for_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(render(Experiment(BACKBONE, HardwareConfig(compute=ComputeConfig(dtype="bfloat16")))))
+    assert main(["plan", str(file), "--topology", "v5e:2x2", "--rows", "8", "--json"]) == 0
+    prompts, token = json.loads(capsys.readouterr().out)["programs"]
+    assert prompts["program"] == "generation, 8 prompts of 1024 tokens" and prompts["mesh"]["data"] == 4
+    read = decoder_operations(BACKBONE.decoder, 8, 1024, 8) + 8 * vision_operations(BACKBONE.vision, 3 * [(24, 24)])
+    assert prompts["needed"] == read < 4 * prompts["operations"]
+    products = 2 * 8 * (BACKBONE.decoder.layers * layer_weights(BACKBONE.decoder) + BACKBONE.decoder.width * BACKBONE.decoder.vocab)
+    assert products < token["needed"] and products < 4 * token["operations"] < 4 * products
+    assert main(["plan", str(file), "--topology", "v5e:2x2", "--program", "train"]) == 2
+    assert "no stage_one or stage_two" in capsys.readouterr().err
+
+
+def test_a_sweep_tries_each_mesh_and_keeps_the_fastest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = replace(ONE, hardware=replace(ONE.hardware, mesh=MeshConfig(4, 1, 1)))
+    tried = [(one.mesh.data, one.mesh.fsdp, one.compute.remat) for one in command.candidates(run, describe("v5e:2x2"))]
+    assert tried == [(data, fsdp, remat) for data, fsdp in ((4, 1), (2, 2), (1, 4)) for remat in ("none", "dots", "full")]
+    monkeypatch.setattr(command, "training", lambda run, mesh: product(mesh, gib=9 if run.hardware.compute.remat == "none" else 0))
+    result = command.plan_run(replace(run, hardware=replace(run.hardware, mesh=MeshConfig(1, 1, 1))), "v5e:1x1", sweep=True)
+    assert [plan["fits"] for plan in result["programs"]] == [True, True, False] and result["fits"] and not result["no"]
+    assert "remat=none" in result["text"].splitlines()[-1] and result["text"].endswith("does not fit")
+
+
+def test_what_is_sent_at_least(pod: Mesh) -> None:
+    """A frozen backbone is gathered for what is seen now and for what comes, and nothing of it is scattered or summed."""
+    online, _ = programs.outline_two(TWO, STAGE_TWO, pod)
+    cached, _ = programs.outline_two(TWO, replace(STAGE_TWO, intents=("z",)), pod)
+    divided = [leaf for path, leaf in leaves(online.frozen["backbone"]) if "fsdp" in leaf.sharding.spec]
+    more, less = least.received(online), least.received(cached)
+    assert more["fsdp"] - less["fsdp"] == sum(2 * leaf.size // 2 * leaf.dtype.itemsize for leaf in divided)
+    assert more["data"] == less["data"]
 
 
 # --- remedies ------------------------------------------------------------------------------------------------------------
@@ -220,7 +300,7 @@ def test_changes_are_those_that_are_left(pod: Mesh) -> None:
 
 def test_the_first_change_that_fits_is_named(pod: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     program, topology = product(pod)._replace(held=20 * 2**30), describe("v5e:2x2")
-    plan = Plan("p", "v5e:2x2", {"data": 2}, False, 0.0, {"used": 2**35, "available": 2**34}, 1)
+    plan = Plan("p", "v5e:2x2", {"data": 2}, False, 0.0, 0.0, {"used": 2**35, "available": 2**34}, 1)
     fits: dict[str, Any] = {"run": lambda run: run.hardware.rows_at_once == 1}
     monkeypatch.setattr(command, "_used", lambda run, _: 2**33 if fits["run"](run) else None)
     assert list(command.remedies(ONE, topology, program, plan)) == ["with hardware.rows_at_once=1: 8.00 GiB"]

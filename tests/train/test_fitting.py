@@ -81,7 +81,12 @@ def test_it_compiles_once() -> None:
     run = start(2, make_mesh(1, 1, 1))
     run.go(2)
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name) if "compile" in name else None)
+
+    def note(event: str, duration: float, **_: str | int) -> None:
+        if "compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
     try:
         run.go(6, start=2)
     finally:

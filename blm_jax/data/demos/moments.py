@@ -213,6 +213,7 @@ class MomentRows:
 
     def __init__(self, views: Sequence[View], order: WindowOrder, statistics: Mapping[str, Statistics], policy: PolicyConfig, batch: int):
         self.views, self.order, self.policy, self.batch = tuple(views), order, policy, batch
+        self.tasks = tuple(range(len(self.views)))  # of each view, by which training tells losses apart
         self.statistics = dict(statistics)
 
     def host_rows(self, host: int, hosts: int) -> range:
@@ -225,7 +226,7 @@ class MomentRows:
         window, seen, future = view.read(index, sight)
         robots = {window.robot: view.demonstrations.robot}
         robot_rows, made = training_rows([window], robots, self.statistics, self.policy)
-        return Moments(robot_rows, made, np.array([window.has_future]), seen, future, np.array([which], np.int32))
+        return Moments(robot_rows, made, np.array([window.has_future]), seen, future, np.array([self.tasks[which]], np.int32))
 
 
 def open_moments(
