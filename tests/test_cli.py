@@ -129,6 +129,7 @@ def test_generate_with_every_flag(calls: list[dict[str, Any]], capsys: pytest.Ca
             "system": "terse",
             "sampling": SamplingConfig(max_new_tokens=5, temperature=0.5, top_k=3, top_p=0.9, seed=4),
             "hardware": HardwareConfig(MeshConfig(data=2, fsdp=-1, tensor=4), ComputeConfig(dtype="bfloat16", attention="xla")),
+            "backbone": None,
             "on_text": None,
         }
     ]
@@ -168,7 +169,7 @@ def test_a_stream_is_printed_once(calls: list[dict[str, Any]], capsys: pytest.Ca
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5_000_000_000), ("500mb", 500_000_000), ("1.5K", 1500), ("123", 123)])
 def test_convert(text: str, size: int, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", "src", "dst", "--to", "hf", "--max-shard-size", text]) == 0
-    assert calls == [{"src": "src", "dst": "dst", "to": "hf", "max_shard_bytes": size}]
+    assert calls == [{"src": "src", "dst": "dst", "to": "hf", "max_shard_bytes": size, "backbone": None}]
     assert capsys.readouterr().out == "dst: 7 tensors, 0.00 GB, 1.0 s\n"
 
 

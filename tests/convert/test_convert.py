@@ -221,7 +221,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(hub: Path, tmp_path: Path) -
 
 
 def test_requests_that_cannot_be_met(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="--to gguf: it must be hf or checkpoint"):
+    with pytest.raises(RequestError, match="--to gguf: it must be hf, checkpoint or adapter"):
         convert(hub, tmp_path / "out", "gguf")  # pyright: ignore
     with pytest.raises(RequestError, match="give a larger size"):
         convert(hub, tmp_path / "out", "hf", max_shard_bytes=0)

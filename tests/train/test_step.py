@@ -13,7 +13,6 @@ MESHES = {
     "4x2": ((4, 2, 1), 1),
     "2x2x2": ((2, 2, 2), 1),
     "two, in two parts": ((1, 2, 1), 2),
-    "alone, in four parts": ((1, 1, 1), 4),
 }
 STEPS = 20
 
