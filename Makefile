@@ -7,13 +7,17 @@ INSTALLED := .venv/.installed
 # Tests and tools never look for an accelerator; what is compiled for one is compiled here.
 export JAX_PLATFORMS := cpu
 
-.PHONY: install test lint format demo clean
+.PHONY: install test test-long lint format demo clean
 
 install: $(INSTALLED)
 
 # Two files at a time: most tests compile, which keeps one core busy.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Two processes of four devices each: minutes on two cores.
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long -o faulthandler_timeout=1800
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

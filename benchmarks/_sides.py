@@ -124,7 +124,9 @@ class Ours:
 
         def loss(params: dict[str, Any], frozen: dict[str, Any], batch: Batch) -> jax.Array:
             model = with_params(self.config, self.compute, {**params, **frozen})
-            return cross_entropy(model(batch), batch.targets, batch.weights)
+            x, kernel = model.heard(batch), model.decoder.head_kernel()
+            weights = batch.weights.reshape(-1) / batch.weights.sum()
+            return cross_entropy(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), batch.targets.reshape(-1), weights)[0]
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(params: dict[str, Any], moments: Any, frozen: dict[str, Any], batch: Batch) -> tuple[jax.Array, Any, Any]:

@@ -171,9 +171,16 @@ def main(argv: list[str]) -> dict[str, Any]:
     if unknown:
         raise RequestError(f"no row {', '.join(unknown)}: there are {', '.join(ROWS)}")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    result = read() if arguments.save else {"rows": {}}
+    result: dict[str, Any] = {"rows": {}}
     for name in arguments.rows or ROWS:
-        _update(result, name, arguments.save)
+        known = read() if arguments.save else result  # another process may make other rows meanwhile
+        row = known["rows"].get(name)
+        if row is None or any(row[key] != value for key, value in terms(ROWS[name]).items()):
+            _harness.progress(f"plan {name}: {ROWS[name].title} on {ROWS[name].topology}")
+            row = terms(ROWS[name]) | {"date": datetime.date.today().isoformat(), "cpu": _harness.cpu_name()} | measure(ROWS[name])
+        result = _with(read() if arguments.save else result, name, row)
+        if arguments.save:
+            _harness.save("plan", result)
     show(result)
     return result
 
@@ -183,18 +190,12 @@ def read() -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {"rows": {}}
 
 
-def _update(result: dict[str, Any], name: str, save: bool) -> None:
-    row = ROWS[name]
-    known, found = result["rows"].get(name), terms(row)
-    if known is not None and {key: known[key] for key in found} == found:
-        return
-    _harness.progress(f"plan {name}: {row.title} on {row.topology}")
-    result["rows"][name] = found | {"date": datetime.date.today().isoformat(), "cpu": _harness.cpu_name()} | measure(row)
-    small, large = (result["rows"].get(name) for name in ("stage_one_16", "stage_one"))
-    result["missing"] = [name for name in ROWS if name not in result["rows"]]
-    result["from_16_to_256_chips"] = grown(small, large) if small and large else {}
-    if save:
-        _harness.save("plan", result)
+def _with(result: dict[str, Any], name: str, row: dict[str, Any]) -> dict[str, Any]:
+    made = {**result["rows"], name: row}
+    rows = {name: made[name] for name in ROWS if name in made}
+    small, large = rows.get("stage_one_16"), rows.get("stage_one")
+    missing = [name for name in ROWS if name not in rows]
+    return {"rows": rows, "missing": missing, "from_16_to_256_chips": grown(small, large) if small and large else {}}
 
 
 def show(result: dict[str, Any]) -> None:

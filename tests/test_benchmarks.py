@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 
@@ -24,7 +23,6 @@ from blm_jax.config import ComputeConfig
 from blm_jax.errors import RequestError, RunError
 from blm_jax.models.mllm import abstract_params
 from blm_jax.models.policy import Policy, abstract_policy, policy_with_params
-from blm_jax.train.loss import cross_entropy
 from tests.hlo import dot_flops
 from tests.models.policies import make_inputs
 
@@ -282,14 +280,3 @@ def test_weights_of_acting_are_all_of_the_policys(acting: Any) -> None:
 def test_wrong_requests(backbone: Any, argv: list[str], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         backbone.main(argv)
-
-
-def test_cross_entropy_as_in_torch() -> None:
-    random = np.random.default_rng(0)
-    logits = random.normal(0, 3, (2, 7, 11)).astype(np.float32)
-    targets = random.integers(0, 11, (2, 7))
-    weights = random.integers(0, 2, (2, 7)).astype(np.float32)
-    each = torch.nn.functional.cross_entropy(torch.tensor(logits).flatten(0, 1), torch.tensor(targets).flatten(), reduction="none")
-    expected = float((each.numpy() * weights.ravel()).sum() / weights.sum())
-    assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(weights))) == pytest.approx(expected, rel=1e-6)
-    assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.zeros((2, 7)))) == 0

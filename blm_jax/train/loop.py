@@ -70,11 +70,15 @@ def train(opened: Opened, clock: Clock) -> dict[str, Any]:
         stack.callback(profile.close)
         stopped = stack.enter_context(asked_to_stop())
 
+        # CPUs of several processes meet through sockets, where two steps under way would wait for each other.
+        overlap_hangs = jax.process_count() > 1 and jax.default_backend() == "cpu"
         number, before = start, None
         while number < run.steps:
             profile.before(number)
             batch, counted = first.batch, work(first.host)
             state, report = step(state, frozen, batch)
+            if overlap_hangs:
+                jax.block_until_ready((state, report))
             number += 1
             profile.after(number - 1, report)
             journal.log(number, values(report), counted)

@@ -29,12 +29,12 @@ class Bucket(fsspec.AbstractFileSystem):
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         path = str(self._strip_protocol(path))
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, data in self.objects.items():
             if name == path:
                 found[name] = {"name": name, "size": len(data), "type": "file"}
             elif name.startswith(f"{path}/"):
-                below, rest, _ = name[len(path) + 1 :].partition("/")
+                below, rest, _slash = name[len(path) + 1 :].partition("/")
                 size = 0 if rest else len(data)
                 found[f"{path}/{below}"] = {"name": f"{path}/{below}", "size": size, "type": "directory" if rest else "file"}
         if not found:

@@ -191,14 +191,14 @@ def test_a_run_without_a_model_says_so(pod: Mesh) -> None:
         programs.training(replace(ONE, model=None), pod)
 
 
-TEXT = replace(BACKBONE.decoder, width=512, heads=4, kv_heads=4, ffn=2048, vocab=2048, mrope_section=(16, 24, 24))
+TEXT = replace(BACKBONE.decoder, width=256, heads=2, kv_heads=2, ffn=1024, vocab=1024, mrope_section=(16, 24, 24))
 
 
 def written(folder: Path, **changes: Any) -> str:
     """A run of text alone, as a file."""
-    model = replace(BACKBONE, decoder=TEXT, vision=replace(BACKBONE.vision, out_width=512))
+    model = replace(BACKBONE, decoder=TEXT, vision=replace(BACKBONE.vision, out_width=256))
     optimizer = OptimizerConfig(rate=1e-5, modules=(ModuleConfig("vision.*", 0.0),))
-    stage_one = StageOneConfig(corpora={"a": "1"}, length=512, row_length=0)
+    stage_one = StageOneConfig(corpora={"a": "1"}, length=256, row_length=0)
     file = folder / "run.yaml"
     file.write_text(render(replace(ONE, batch=4, model=model, stage_one=stage_one, optimizer=optimizer, **changes)))
     return str(file)
@@ -214,8 +214,8 @@ def test_the_command_says_what_a_step_takes(tmp_path: Path, capsys: pytest.Captu
     # All of the forward pass that is not kept is made again, and attention computes the blocks that the diagonal only cuts.
     assert plan["needed"] < 4 * plan["operations"] <= 1.4 * plan["needed"]
     # Two gathers and one scatter of each layer's weights, one and one of the embedding and the head; slopes of all, between copies.
-    kernels = TEXT.layers * (4 * 512**2 + 3 * 512 * 2048)
-    tables = 2 * 512 * 2048
+    kernels = TEXT.layers * (4 * 256**2 + 3 * 256 * 1024)
+    tables = 2 * 256 * 1024
     received = {over: sum(one["bytes"] for one in plan["collectives"] if one["over"] == [over]) for over in plan["least"]}
     assert plan["least"] == {
         "fsdp": pytest.approx(3 * kernels + 2 * tables, rel=0.01),
@@ -249,16 +249,27 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag
     assert message in capsys.readouterr().err
 
 
-def test_a_model_alone_is_planned_for_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_alone_is_planned_for_generation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered: list[Program] = []
+
+    def look(of: Program, topology: Any, options: Any) -> Plan:
+        lowered.append(of)
+        return Plan(of.name, "v5e:2x2", dict(of.mesh.shape), True, 0.0, 0.0, {"used": 1, "available": 2}, of.needed)
+
+    monkeypatch.setattr(command, "examine", look)
+    monkeypatch.setattr(command, "table", lambda plan: plan.program)
     file = tmp_path / "model.yaml"
     file.write_text(render(Experiment(BACKBONE, HardwareConfig(compute=ComputeConfig(dtype="bfloat16")))))
-    assert main(["plan", str(file), "--topology", "v5e:2x2", "--rows", "8", "--json"]) == 0
-    prompts, token = json.loads(capsys.readouterr().out)["programs"]
-    assert prompts["program"] == "generation, 8 prompts of 1024 tokens" and prompts["mesh"]["data"] == 4
-    read = decoder_operations(BACKBONE.decoder, 8, 1024, 8) + 8 * vision_operations(BACKBONE.vision, 3 * [(24, 24)])
-    assert prompts["needed"] == read < 4 * prompts["operations"]
+    assert main(["plan", str(file), "--topology", "v5e:2x2", "--rows", "8"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["generation, 8 prompts of 1024 tokens", "generation, a token for each of 8 prompts"]
+    prompts, token = lowered
+    assert prompts.mesh.shape["data"] == 4 and products_of(prompts) > products_of(token) > 10
+    assert prompts.needed == decoder_operations(BACKBONE.decoder, 8, 1024, 8) + 8 * vision_operations(BACKBONE.vision, 3 * [(24, 24)])
     products = 2 * 8 * (BACKBONE.decoder.layers * layer_weights(BACKBONE.decoder) + BACKBONE.decoder.width * BACKBONE.decoder.vocab)
-    assert products < token["needed"] and products < 4 * token["operations"] < 4 * products
+    context = 4 * 8 * BACKBONE.decoder.layers * (1024 + 512) * BACKBONE.decoder.heads * BACKBONE.decoder.head_dim
+    assert token.needed == products + context
     assert main(["plan", str(file), "--topology", "v5e:2x2", "--program", "train"]) == 2
     assert "no stage_one or stage_two" in capsys.readouterr().err
 

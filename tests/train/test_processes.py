@@ -18,6 +18,8 @@ from blm_jax.recipe import CheckpointConfig
 from tests.conftest import ROOT
 from tests.train.worlds import World, make_world, rows_of, write
 
+# On two cores the sockets of eight devices take minutes: `make test-long`.
+pytestmark = pytest.mark.long
 PROGRAM = "import sys; from blm_jax.cli import entry; entry()"
 STEPS = 20
 
@@ -48,7 +50,7 @@ def start(config: Path, count: int, devices: int) -> list[subprocess.Popen[str]]
 
 def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
     try:
-        said = [process.communicate(timeout=240) for process in processes]
+        said = [process.communicate(timeout=1200) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -47,7 +47,7 @@ class World:
         return tuple(SetConfig(str(self.folder / name), name, str(self.folder / f"{name}.json"), **settings) for name in names or ROBOTS)
 
     def stage_one(self, out: Path, **settings: Any) -> Run:
-        stage = StageOneConfig({str(self.folder / "corpus"): "1"}, length=384)
+        stage = StageOneConfig({str(self.folder / "corpus"): "1"}, length=128)
         return self._run(out, stage_one=stage, **settings)
 
     def stage_two(self, out: Path, *, cached: bool = False, policy: PolicyConfig | None = OWN, **settings: Any) -> Run:
@@ -71,7 +71,7 @@ def make_world(folder: Path) -> World:
     world = World(folder)
     write_tiny_model(folder / "model")
     records = write_source(folder / "source", 60)
-    prepare(str(records), partial(open_engine, world.model), str(folder / "corpus"), workers=0, max_bad=0.0)
+    prepare(str(records), partial(open_engine, world.model), str(folder / "corpus"), workers=0, max_tokens=128, max_bad=1.0)
     stage = make_stage(folder, folder / "model")
     for name, found in stage.surveys.items():
         write_survey(folder / f"{name}.json", found)

@@ -273,7 +273,7 @@ def test_what_is_not_read(made: Path, tmp_path: Path) -> None:
         )
     ):
         with pytest.raises(RequestError, match=says):
-            open_source(save(tmp_path / str(number), 1, made / "hub", params, **said))
+            open_source(save(tmp_path / str(number), 1, made / "hub", params, **said))  # pyright: ignore[reportArgumentType]
     files = {"policy.json": json.dumps(contract(make_files(SMALL))).encode()}
     half = {name: value for name, value in make_params(SMALL).items() if name != "dit"}
     with pytest.raises(RequestError, match=r"params: the tree lacks dit\..* it is not of this policy's config"):
