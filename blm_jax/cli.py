@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from blm_jax.accelerators import has_tpu, settle_platform
-from blm_jax.commands import OutputClosed, parse, say
+from blm_jax.commands import OutputClosed, say
 from blm_jax.errors import RequestError, RunError, StoppedError
+from blm_jax.flags import parse
 
 INTERRUPTED, STOPPED = 128 + 2, 128 + 15
 # Each is set by one kind of launcher for every process it starts: Slurm's srun, Open MPI's mpirun, an indexed Kubernetes job.
@@ -115,6 +116,8 @@ def _join(*, alone_is_fine: bool = False, **known: Any) -> int:
     import jax
 
     if not jax.distributed.is_initialized():
+        # CPUs of several processes meet through sockets, where programs that overlap wait for each other.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         try:
             jax.distributed.initialize(**known)  # finds out from the launcher what is not known
         except ValueError as error:

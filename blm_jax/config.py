@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from blm_jax.errors import RequestError
@@ -98,6 +98,22 @@ class BackboneConfig:
         _check(2 * sum(text.mrope_section) == text.head_dim, halves)
         _check(vision.width % (4 * vision.heads) == 0, f"vision.width {vision.width} is not {vision.heads} heads of a size that 4 divides")
         _check(vision.out_width == text.width, f"vision.out_width {vision.out_width} is not decoder.width {text.width}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside products of the decoder; everything else of the model stays as it is."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q", "k", "v", "out", "gate", "up", "down")
+
+    def __post_init__(self) -> None:
+        known = ("q", "k", "v", "out", "gate", "up", "down")
+        wrong = [name for name in self.targets if name not in known]
+        _check(not wrong and len(self.targets) > 0, f"lora.targets: {', '.join(wrong) or 'none'}: they are among {', '.join(known)}")
+        _check(len(set(self.targets)) == len(self.targets), f"lora.targets {list(self.targets)} has one twice")
+        _check(self.rank >= 1 and self.alpha > 0, f"lora.rank is {self.rank} and alpha {self.alpha}: at least 1, and above 0")
 
 
 @dataclass(frozen=True)
@@ -199,6 +215,11 @@ class PolicyConfig:
             0 <= self.objective.prefix < self.horizon,
             f"objective.prefix is {self.objective.prefix}: it must be less than the horizon of {self.horizon}",
         )
+
+
+def below_block(backbone: BackboneConfig, policy: PolicyConfig) -> BackboneConfig:
+    """What of the backbone makes the intent: no block above, and no head, which a tied model does not have."""
+    return replace(backbone, decoder=replace(backbone.decoder, layers=policy.intent_block, tied=True))
 
 
 @dataclass(frozen=True)

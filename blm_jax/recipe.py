@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from blm_jax.config import BackboneConfig, HardwareConfig, PolicyConfig
+from blm_jax.config import BackboneConfig, HardwareConfig, LoraConfig, PolicyConfig
 from blm_jax.errors import RequestError
 
 
@@ -55,22 +55,6 @@ class OptimizerConfig:
         _check(self.clip > 0 and self.eps > 0, f"optimizer.clip is {self.clip} and eps {self.eps}: both are above 0")
         _check(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}: it must be 0 or more")
         _check(self.skips >= 1, f"optimizer.skips is {self.skips}: it must be at least 1")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters beside products of the decoder; everything else of the model stays as it is."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ("q", "k", "v", "out", "gate", "up", "down")
-
-    def __post_init__(self) -> None:
-        known = ("q", "k", "v", "out", "gate", "up", "down")
-        wrong = [name for name in self.targets if name not in known]
-        _check(not wrong and len(self.targets) > 0, f"lora.targets: {', '.join(wrong) or 'none'}: they are among {', '.join(known)}")
-        _check(len(set(self.targets)) == len(self.targets), f"lora.targets {list(self.targets)} has one twice")
-        _check(self.rank >= 1 and self.alpha > 0, f"lora.rank is {self.rank} and alpha {self.alpha}: at least 1, and above 0")
 
 
 # --- what is learned from ----------------------------------------------------------------------------------------------------

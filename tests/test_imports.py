@@ -47,7 +47,7 @@ def starts(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
-COMMAND_LINE = ("blm_jax.cli", "blm_jax.commands")
+COMMAND_LINE = ("blm_jax.cli", "blm_jax.commands", "blm_jax.flags")
 HOUSE = (
     # what, must not import
     (

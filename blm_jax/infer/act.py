@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from blm_jax import mesh as meshes
 from blm_jax.batch import IntentRows, Prompts, RobotRows
-from blm_jax.config import ComputeConfig, PolicyConfig
+from blm_jax.config import ComputeConfig, PolicyConfig, below_block
 from blm_jax.data.demos.observation import Observation, check, check_last, check_state, encode, prompts_of
 from blm_jax.data.demos.robots import Robot, action_mask, pad, state_mask
 from blm_jax.data.demos.statistics import decode_actions, encode_actions, encode_state
@@ -166,7 +166,7 @@ def load_below(path: str, policy: PolicyConfig, mesh: Mesh | None, compute: Comp
     """Of a MODEL's backbone, the blocks that make the intent."""
     config = read_config(path)
     check_backbone(policy, config)
-    below = replace(config, decoder=replace(config.decoder, layers=policy.intent_block, tied=True))  # tied: no head to read
+    below = below_block(config, policy)
     if mesh is not None:
         meshes.check(below, mesh)
     return with_params(below, compute, load_params(path, abstract_params(below, jnp.dtype(compute.dtype), mesh), backbone))

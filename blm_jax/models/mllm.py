@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from blm_jax.batch import Batch, IntentRows, Prompts
-from blm_jax.config import BackboneConfig, ComputeConfig
+from blm_jax.config import BackboneConfig, ComputeConfig, LoraConfig
 from blm_jax.mesh import constrain
 from blm_jax.models.decoder import ACTIVATIONS, Cache, Decoder
 from blm_jax.models.layers import Adapter, around, shapes_of, unstack
@@ -71,37 +71,29 @@ def place(x: jax.Array, visual: jax.Array, slots: jax.Array, groups: int) -> jax
     return jnp.where((slots >= 0)[..., None], chosen, x.reshape(groups, -1, width)).reshape(rows, length, width)
 
 
-class LowRank(NamedTuple):
-    """Which products of the decoder have an adapter beside them, and how large."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-
-def adapted(model: Mllm, low_rank: LowRank | None, seed: int = 0) -> Mllm:
-    if low_rank is not None:
+def adapted(model: Mllm, lora: LoraConfig | None, seed: int = 0) -> Mllm:
+    if lora is not None:
         rngs = nnx.Rngs(seed)
-        for name in low_rank.targets:
+        for name in lora.targets:
             linear = getattr(model.decoder.blocks, name)
-            linear.adapter = Adapter(linear, low_rank.rank, low_rank.alpha, rngs=rngs)
+            linear.adapter = Adapter(linear, lora.rank, lora.alpha, rngs=rngs)
     return model
 
 
 def abstract_params(
-    config: BackboneConfig, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None, low_rank: LowRank | None = None
+    config: BackboneConfig, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None, lora: LoraConfig | None = None
 ) -> dict[str, Any]:
     """Shapes of all parameters as a nested dict, with their shardings on a mesh; nothing is computed."""
-    return shapes_of(lambda: adapted(Mllm(config, ComputeConfig(), rngs=nnx.Rngs(0)), low_rank), dtype, mesh)
+    return shapes_of(lambda: adapted(Mllm(config, ComputeConfig(), rngs=nnx.Rngs(0)), lora), dtype, mesh)
 
 
 def with_params(
-    config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any], *, apart: bool = False, low_rank: LowRank | None = None
+    config: BackboneConfig, compute: ComputeConfig, params: dict[str, Any], *, apart: bool = False, lora: LoraConfig | None = None
 ) -> Mllm:
     """The model around parameters that exist already; `apart` where the decoder's layers are not stacked but numbered."""
 
     def make() -> Mllm:
-        model = adapted(Mllm(config, compute, rngs=nnx.Rngs(0)), low_rank)
+        model = adapted(Mllm(config, compute, rngs=nnx.Rngs(0)), lora)
         if apart:
             model.decoder.blocks = nnx.List(unstack(model.decoder.blocks))
         return model

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from blm_jax import mesh as meshes
 from blm_jax.train.optimizer import SCALES
 from blm_jax.train.outline import Outline
-from blm_jax.train.select import leaves
+from blm_jax.weights.names import leaves
 
 _STACKS = ("blocks", "pairs")  # of layers, whose weights are sent when their turn comes, and once more on the way back
 

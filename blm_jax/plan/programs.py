@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blm_jax import mesh as meshes
-from blm_jax.config import BackboneConfig, PolicyConfig
+from blm_jax.config import BackboneConfig, PolicyConfig, below_block
 from blm_jax.counts import acting
 from blm_jax.data.demos.robots import Robot, find_robot, load_robots
 from blm_jax.errors import RequestError
@@ -21,7 +21,7 @@ from blm_jax.models.policy import abstract_policy, policy_with_params
 from blm_jax.plan import least, rows
 from blm_jax.plan.report import Program
 from blm_jax.recipe import Run, StageTwoConfig
-from blm_jax.train.outline import Outline, below_block, outline
+from blm_jax.train.outline import Outline, outline
 from blm_jax.train.work import WorkCount
 from blm_jax.weights.policy import read_policy
 from blm_jax.weights.source import read_config

@@ -121,7 +121,7 @@ class Journal:
 
     def log(self, step: int, values: Mapping[str, Any], work: StepWork) -> None:
         """After the step was given to the devices. Returns when the step before it is done, and has told its values."""
-        for leaf in jax.tree.leaves(values):
+        for leaf in jax.tree.leaves(values) if self._tells(step) else ():
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()
         self._pending.append(_Pending(step, values, work))
@@ -157,11 +157,14 @@ class Journal:
             self._wandb.finish()
         self._files = self._wandb = self._display = None
 
+    def _tells(self, step: int) -> bool:
+        return step % self._every == 0 or step == self._total
+
     def _settle(self, pending: _Pending) -> None:
         with self._clock.step(pending.step):
             jax.block_until_ready(pending.values)
         self._since.add(pending.work)
-        told = pending.step % self._every == 0 or pending.step == self._total
+        told = self._tells(pending.step)
         if told:
             self.last = {"step": pending.step, **self._fetched(pending.values), **self._since.speeds(self._clock, self._peak)}
             self._write(self.last | {"time": round(time.time(), 3)})

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from blm_jax.train.journal import Journal
 from blm_jax.train.resume import check_same_data
 from blm_jax.train.select import Tree, joined, split
 from blm_jax.train.setup import Opened
-from blm_jax.train.step import Report, State, begin, make_evaluation, mean
+from blm_jax.train.step import Report, State, begin, mean
 from blm_jax.train.work import WorkCount, peak
 
 Evaluate = Callable[[State, Tree], dict[str, float]]
@@ -50,7 +50,7 @@ def train(opened: Opened, clock: Clock) -> dict[str, Any]:
             first = rows.next()
         with clock.time("compile"):
             step = found.step().lower(state, frozen, first.batch).compile(run.hardware.compiler_options or None)
-        held_out = _evaluation(opened, stack)
+        held_out = _evaluation(opened)
         work = work_count(opened)
         journal = stack.enter_context(
             Journal(
@@ -70,18 +70,14 @@ def train(opened: Opened, clock: Clock) -> dict[str, Any]:
         stack.callback(profile.close)
         stopped = stack.enter_context(asked_to_stop())
 
-        # CPUs of several processes meet through sockets, where two steps under way would wait for each other.
-        overlap_hangs = jax.process_count() > 1 and jax.default_backend() == "cpu"
         number, before = start, None
         while number < run.steps:
             profile.before(number)
-            batch, counted = first.batch, work(first.host)
-            state, report = step(state, frozen, batch)
-            if overlap_hangs:
-                jax.block_until_ready((state, report))
+            state, report = step(state, frozen, first.batch)
+            report.in_a_row.copy_to_host_async()
             number += 1
             profile.after(number - 1, report)
-            journal.log(number, values(report), counted)
+            journal.log(number, values(report), work(first.host))
             _check_finite(before, number - 1, run.optimizer.skips)
             before = report
             stop = number < run.steps and stopped(number)
@@ -170,11 +166,11 @@ def work_count(opened: Opened) -> WorkCount:
 # --- batches -----------------------------------------------------------------------------------------------------------------
 
 
-class Ready:
+class Ready(NamedTuple):
     """A batch on the host and on its devices."""
 
-    def __init__(self, host: Any, batch: Any):
-        self.host, self.batch = host, batch
+    host: Any
+    batch: Any
 
 
 class Batches:
@@ -193,12 +189,12 @@ class Batches:
         self.loader.close()
 
 
-def _evaluation(opened: Opened, stack: ExitStack) -> Evaluate | None:
+def _evaluation(opened: Opened) -> Evaluate | None:
     """Of what is held out, the same batches each time."""
     if opened.held_out is None:
         return None
     found, held_out = opened.outline, opened.held_out
-    compiled = make_evaluation(found.stage, found.mesh, found.state(), found.frozen, seed=found.run.seed, parts=found.parts)
+    compiled = found.evaluation()
 
     def evaluate(state: State, frozen: Tree) -> dict[str, float]:
         batches = Batches(held_out, found.mesh, found.run.batch)

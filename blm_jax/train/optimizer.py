@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 
 from blm_jax.mesh import of_one_number_a_row
 from blm_jax.recipe import Moments, OptimizerConfig
-from blm_jax.train.select import Tree, leaves, nested
+from blm_jax.train.select import Tree
+from blm_jax.weights.names import leaves, nested
 
 SCALES = ("scale", "bias")  # leaves that are no matrices: not decayed
 
@@ -41,7 +42,7 @@ def make_optimizer(
         optax.clip_by_global_norm(config.clip),
         scale_by_adam(*config.betas, config.eps, config.moments),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
-        _scale_by(lambda: rate_of),
+        _scale_by(rate_of),
         optax.scale_by_learning_rate(schedule(config, steps)),
     ]
     if allowed is not None:
@@ -53,9 +54,9 @@ def _decayed(params: Tree) -> Tree:
     return nested({path: path[-1] not in SCALES for path, _ in leaves(params)})
 
 
-def _scale_by(rates: Any) -> optax.GradientTransformation:
+def _scale_by(rate_of: Mapping[str, float]) -> optax.GradientTransformation:
     def scale(updates: Any, _: Any) -> Any:
-        return nested({path: update * rates()[".".join(path)] for path, update in leaves(updates)})
+        return nested({path: update * rate_of[".".join(path)] for path, update in leaves(updates)})
 
     return optax.stateless(scale)
 

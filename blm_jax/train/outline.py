@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,19 @@ import optax
 from jax.sharding import Mesh
 
 from blm_jax import mesh as meshes
-from blm_jax.config import BackboneConfig, PolicyConfig
+from blm_jax.config import BackboneConfig, PolicyConfig, below_block
 from blm_jax.configfile import suggest
 from blm_jax.errors import RequestError
 from blm_jax.models.embodiment import robot_rows
-from blm_jax.models.mllm import LowRank, abstract_params
+from blm_jax.models.mllm import abstract_params
 from blm_jax.models.policy import abstract_policy
 from blm_jax.recipe import Run
 from blm_jax.train.optimizer import count_bytes, make_optimizer, schedule
-from blm_jax.train.select import Tree, leaves, rates, split
+from blm_jax.train.select import Tree, rates, split
 from blm_jax.train.stages import Stage, StageOne, StageTwo
-from blm_jax.train.step import State, Step, abstract, make_step
-
-ADAPTER = "adapter"
+from blm_jax.train.step import Evaluation, State, Step, abstract, make_evaluation, make_step
+from blm_jax.weights.adapters import ADAPTER
+from blm_jax.weights.names import leaves
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Outline:
     def step(self) -> Step:
         run, rate = self.run, schedule(self.run.optimizer, self.run.steps)
         return make_step(self.stage, self.optimizer, self.mesh, self.state(), self.frozen, seed=run.seed, parts=self.parts, rate=rate)
+
+    def evaluation(self) -> Evaluation:
+        run = self.run
+        options = run.hardware.compiler_options or None
+        return make_evaluation(self.stage, self.mesh, self.state(), self.frozen, seed=run.seed, parts=self.parts, compiler_options=options)
 
     def describe(self) -> str:
         """What is trained and what is frozen, a line a module."""
@@ -123,10 +128,9 @@ def _stage_one(run: Run, mesh: Mesh, backbone: BackboneConfig, parts: int, kinds
     stage_one = run.stage_one
     assert stage_one is not None
     lora = stage_one.lora
-    low_rank = None if lora is None else LowRank(lora.rank, lora.alpha, lora.targets)
-    shapes = abstract_params(backbone, jnp.float32, mesh, low_rank)
+    shapes = abstract_params(backbone, jnp.float32, mesh, lora)
     names = _names(shapes)
-    if low_rank is None:
+    if lora is None:
         rate_of = rates(names, run.optimizer.modules)
     else:
         own = [name for name in names if f".{ADAPTER}." in name]
@@ -134,7 +138,7 @@ def _stage_one(run: Run, mesh: Mesh, backbone: BackboneConfig, parts: int, kinds
     trained, frozen = split(shapes, rate_of)
     head = "decoder.embed.embedding" if backbone.decoder.tied else "decoder.head.kernel"
     compute = run.hardware.compute
-    stage = StageOne(backbone, compute, low_rank, rate_of[head] > 0, len(kinds.get("corpus", ())))
+    stage = StageOne(backbone, compute, lora, rate_of[head] > 0, len(kinds.get("corpus", ())))
     optimizer = make_optimizer(run.optimizer, run.steps, rate_of)
     frozen = _as_computed(frozen, compute.dtype)
     return Outline(run, mesh, stage, backbone, None, trained, frozen, None, rate_of, optimizer, parts, kinds)
@@ -167,11 +171,6 @@ def _stage_two(
     stage = StageTwo(below, policy, compute, len(kinds.get("action/task", ())))
     optimizer = make_optimizer(run.optimizer, run.steps, rate_of, allowed)
     return Outline(run, mesh, stage, below, policy, trained, frozen, slow, rate_of, optimizer, parts, kinds)
-
-
-def below_block(backbone: BackboneConfig, policy: PolicyConfig) -> BackboneConfig:
-    """What of the backbone makes the intent: no block above, and no head, which a tied model does not have."""
-    return replace(backbone, decoder=replace(backbone.decoder, layers=policy.intent_block, tied=True))
 
 
 def _names(shapes: Tree) -> list[str]:

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blm_jax.configfile import suggest
 from blm_jax.errors import RequestError
 from blm_jax.recipe import ModuleConfig
+from blm_jax.weights.names import leaves, nested
 
-Path = tuple[str, ...]
 Tree = dict[str, Any]
-
-
-def leaves(tree: Mapping[str, Any], place: Path = ()) -> Iterator[tuple[Path, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, (*place, key))
-        else:
-            yield (*place, key), value
-
-
-def nested(flat: Mapping[Path, Any]) -> Tree:
-    tree: Tree = {}
-    for path, value in flat.items():
-        parent = tree
-        for key in path[:-1]:
-            parent = parent.setdefault(key, {})
-        parent[path[-1]] = value
-    return tree
 
 
 def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> Tree:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from blm_jax.config import BackboneConfig, PolicyConfig
+from blm_jax.config import BackboneConfig, LoraConfig, PolicyConfig
 from blm_jax.data.corpora.packed import PackedRows, open_packed
 from blm_jax.data.demos.demonstrations import Demonstrations, open_demonstrations
 from blm_jax.data.demos.intents import open_intents
@@ -30,15 +30,17 @@ from blm_jax.data.loader import Rows
 from blm_jax.data.vision.augment import AugmentConfig
 from blm_jax.errors import RequestError
 from blm_jax.models.embodiment import add_robot
-from blm_jax.models.mllm import LowRank, Mllm, adapted
+from blm_jax.models.mllm import Mllm, adapted
 from blm_jax.models.policy import abstract_policy, random_policy
 from blm_jax.recipe import ChangesConfig, Run, SetConfig, StageOneConfig, StageTwoConfig
-from blm_jax.train.outline import ADAPTER, Outline, outline
-from blm_jax.train.select import Tree, joined, leaves, nested, split
+from blm_jax.train.outline import Outline, outline
+from blm_jax.train.select import Tree, joined, split
+from blm_jax.weights.adapters import ADAPTER
 from blm_jax.weights.engine import open_engine
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.hub import asset_names
 from blm_jax.weights.load import load_params
+from blm_jax.weights.names import leaves, nested
 from blm_jax.weights.policy import PolicyFiles, check_backbone, contract, has_policy, load_policy_params, read_policy
 from blm_jax.weights.source import assets_dir, read_config
 from blm_jax.weights.trained import describe_base, newest_of_run, stamp
@@ -116,8 +118,8 @@ def _open_stage_one(run: Run, stage_one: StageOneConfig, mesh: Mesh, base: Base)
 
     def load_all() -> tuple[Tree, Tree, None]:
         trained = load(found.trained)
-        if found.stage.low_rank is not None:  # pyright: ignore[reportAttributeAccessIssue]
-            trained = joined(trained, _new_adapters(backbone, found, run.seed))
+        if stage_one.lora is not None:
+            trained = joined(trained, _new_adapters(backbone, found, stage_one.lora))
         return trained, load(found.frozen), None
 
     identity = {"base": base.fingerprint, "seed": run.seed, "batch": run.batch, "length": stage_one.length, "row_length": packed.row_length}
@@ -125,11 +127,9 @@ def _open_stage_one(run: Run, stage_one: StageOneConfig, mesh: Mesh, base: Base)
     return Opened(found, packed, held_out, identity, _assets(base.path), provenance, load_all, lambda: load(found.frozen))
 
 
-def _new_adapters(backbone: BackboneConfig, found: Outline, seed: int) -> Tree:
-    low_rank: LowRank = found.stage.low_rank  # pyright: ignore[reportAttributeAccessIssue]
-
+def _new_adapters(backbone: BackboneConfig, found: Outline, lora: LoraConfig) -> Tree:
     def make() -> Tree:
-        model = adapted(Mllm(backbone, found.run.hardware.compute, rngs=nnx.Rngs(0)), low_rank, seed)
+        model = adapted(Mllm(backbone, found.run.hardware.compute, rngs=nnx.Rngs(0)), lora, found.run.seed)
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return nested({path: leaf for path, leaf in leaves(params) if ADAPTER in path})
 

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blm_jax.batch import Batch, IntentRows, Moments, Prompts
-from blm_jax.config import BackboneConfig, ComputeConfig, PolicyConfig
+from blm_jax.config import BackboneConfig, ComputeConfig, LoraConfig, PolicyConfig
 from blm_jax.models.bridge import Bridge
 from blm_jax.models.layers import around
-from blm_jax.models.mllm import LowRank, Mllm, with_params
+from blm_jax.models.mllm import Mllm, with_params
 from blm_jax.models.objective import follow, loss_weights, losses
 from blm_jax.models.policy import policy_with_params
 from blm_jax.train.loss import cross_entropy
 from blm_jax.train.optimizer import SCALES
-from blm_jax.train.select import Tree, joined, leaves, nested
+from blm_jax.train.select import Tree, joined
+from blm_jax.weights.names import leaves, nested
 
 
 class Share(NamedTuple):
@@ -63,7 +64,7 @@ def _shares(values: jax.Array, weights: jax.Array, kinds: jax.Array, count: int)
 class StageOne:
     config: BackboneConfig
     compute: ComputeConfig
-    low_rank: LowRank | None = None
+    lora: LoraConfig | None = None
     learns_head: bool = True
     corpora: int = 0  # whose losses are told apart
 
@@ -85,7 +86,7 @@ class StageOne:
         train: bool = True,
     ) -> tuple[jax.Array, Told]:
         params = narrowed(joined(trained, frozen), self.compute.dtype)
-        model = with_params(self.config, self.compute, params, low_rank=self.low_rank)
+        model = with_params(self.config, self.compute, params, lora=self.lora)
         x = model.heard(own_groups(batch))
         flat, own = x.reshape(-1, x.shape[-1]), batch.weights.reshape(-1)
         kernel = model.decoder.head_kernel().astype(x.dtype)

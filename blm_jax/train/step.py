@@ -37,6 +37,7 @@ class Report(NamedTuple):
 
 
 Step = Callable[[State, Tree, Any], tuple[State, Report]]
+Evaluation = Callable[[State, Tree, Any], Told]
 
 
 def abstract(params: Tree, slow: Tree | None, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
@@ -113,8 +114,15 @@ def make_step(
 
 
 def make_evaluation(
-    stage: Stage, mesh: Mesh, state: State, frozen: Tree, *, seed: int, parts: int = 1
-) -> Callable[[State, Tree, Any], Told]:
+    stage: Stage,
+    mesh: Mesh,
+    state: State,
+    frozen: Tree,
+    *,
+    seed: int,
+    parts: int = 1,
+    compiler_options: dict[str, str] | None = None,
+) -> Evaluation:
     """The losses of a batch, with the same noise each time; nothing changes."""
     rows, copies = meshes.by_rows(), meshes.copied()
     of_params, of_slow, of_frozen = (jax.tree.map(meshes.by_weight, tree) for tree in (state.params, state.slow, frozen))
@@ -130,7 +138,7 @@ def make_evaluation(
     def evaluate(state: State, frozen: Tree, batch: Any) -> Told:
         return apart(state.params, state.slow, frozen, batch, row_keys(seed, jnp.int32(-1), stage.rows(batch)))
 
-    return jax.jit(evaluate, out_shardings=meshes.everywhere(mesh))
+    return jax.jit(evaluate, out_shardings=meshes.everywhere(mesh), compiler_options=compiler_options)
 
 
 def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:

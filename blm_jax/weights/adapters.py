@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from blm_jax.config import BackboneConfig
+from blm_jax.config import BackboneConfig, LoraConfig
 from blm_jax.errors import RequestError
 from blm_jax.weights.names import Entry, Path, Slices, Tensor, table
 from blm_jax.weights.safetensors_file import ByteCount, copy_cast
@@ -22,33 +22,25 @@ ADAPTER, DOWN, UP = "adapter", "down", "up"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-@dataclass(frozen=True)
-class LowRankConfig:
+def read_lora(said: Any, source: object) -> LoraConfig:
     """As a checkpoint's provenance has it."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    @staticmethod
-    def read(said: Any, source: object) -> LowRankConfig:
-        try:
-            return LowRankConfig(int(said["rank"]), float(said["alpha"]), tuple(map(str, said["targets"])))
-        except (KeyError, TypeError, ValueError):
-            raise RequestError(f"{source}: lora must say rank, alpha and targets; take another step's") from None
+    try:
+        return LoraConfig(int(said["rank"]), float(said["alpha"]), tuple(map(str, said["targets"])))
+    except (KeyError, TypeError, ValueError):
+        raise RequestError(f"{source}: lora must say rank, alpha and targets; take another step's") from None
 
 
-def adapter_table(config: BackboneConfig, low_rank: LowRankConfig) -> dict[Path, Entry]:
+def adapter_table(config: BackboneConfig, lora: LoraConfig) -> dict[Path, Entry]:
     """Every array of the adapters, named as peft names its tensors."""
     entries = table(config)
     found = {}
-    for target in low_rank.targets:
+    for target in lora.targets:
         kernel = entries["decoder", "blocks", target, "kernel"]
         hub = f"base_model.model.{kernel.hub_name.replace('model.layers', 'model.language_model.layers').removesuffix('.weight')}"
         out, inner = kernel.hub_shape
         down, up = (*kernel.path[:-1], ADAPTER, DOWN), (*kernel.path[:-1], ADAPTER, UP)
-        found[down] = Entry(down, f"{hub}.lora_A.weight", (low_rank.rank, inner), (low_rank.rank,), kernel.columns, kernel.layers)
-        found[up] = Entry(up, f"{hub}.lora_B.weight", (out, low_rank.rank), kernel.rows, (low_rank.rank,), kernel.layers)
+        found[down] = Entry(down, f"{hub}.lora_A.weight", (lora.rank, inner), (lora.rank,), kernel.columns, kernel.layers)
+        found[up] = Entry(up, f"{hub}.lora_B.weight", (out, lora.rank), kernel.rows, (lora.rank,), kernel.layers)
     return found
 
 
@@ -56,7 +48,7 @@ def adapter_table(config: BackboneConfig, low_rank: LowRankConfig) -> dict[Path,
 class Adapters:
     """Small beside what they stand beside: held whole, float32."""
 
-    low_rank: LowRankConfig
+    lora: LoraConfig
     entries: Mapping[Path, Entry]
     arrays: Mapping[Path, Any]  # as tensorstore opens them
 
@@ -72,7 +64,7 @@ class Adapters:
         down, up = (self._values[(*entry.path[:-1], ADAPTER, name)][layer] for name in (DOWN, UP))
         inputs = len(entry.columns)
         product = np.tensordot(down[(*slices[:inputs], slice(None))], up[(slice(None), *slices[inputs:])], 1)
-        return product * (self.low_rank.alpha / self.low_rank.rank)
+        return product * (self.lora.alpha / self.lora.rank)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Named and turned as peft has them."""
@@ -147,8 +139,8 @@ def write_for_peft(directory: epath.Path, adapters: Adapters, base: str) -> None
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": adapters.low_rank.rank,
-        "lora_alpha": adapters.low_rank.alpha,
+        "r": adapters.lora.rank,
+        "lora_alpha": adapters.lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         # A pattern: the vision tower has modules of the same names.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blm_jax.errors import RequestError
-from blm_jax.weights.names import Entry, Path, Slices
+from blm_jax.weights.names import Entry, Path, Slices, leaves
 from blm_jax.weights.source import PathLike, Source, open_source
 
 _THREADS = 8  # reading waits for disks and networks, not for cores
@@ -26,29 +26,21 @@ def load_params(path: PathLike, abstract: Mapping[str, Any], backbone: PathLike 
     shard of one array at a time.
     """
     source = open_source(path, backbone)
-    leaves = list(_leaves(abstract))
-    for place, leaf in leaves:
+    wanted = list(leaves(abstract))
+    for place, leaf in wanted:
         _check(source, place, leaf)
-    total = sum(_local_bytes(leaf) for _, leaf in leaves)
+    total = sum(_local_bytes(leaf) for _, leaf in wanted)
     loaded: dict[str, Any] = {}
     disable = None if jax.process_index() == 0 else True  # None: shown on a terminal only
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=disable, leave=False, mininterval=1)
     with bar, ThreadPoolExecutor(_THREADS) as pool:
-        for place, leaf in leaves:
+        for place, leaf in wanted:
             parent = loaded
             for key in place[:-1]:
                 parent = parent.setdefault(key, {})
             parent[place[-1]] = _load(source, source.entries[place], leaf, pool)
             bar.update(_local_bytes(leaf))
     return loaded
-
-
-def _leaves(tree: Mapping[str, Any], place: Path = ()) -> Iterator[tuple[Path, jax.ShapeDtypeStruct]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*place, key))
-        else:
-            yield (*place, key), value
 
 
 def _check(source: Source, place: Path, leaf: jax.ShapeDtypeStruct) -> None:

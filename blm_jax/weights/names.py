@@ -7,8 +7,9 @@ layers. Nothing but transposing and reshaping happens between the two, so every 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from blm_jax.config import BackboneConfig
 
@@ -185,3 +186,25 @@ def _even_part(size: int, most: int) -> int:
         if size % parts == 0:
             return size // parts
     return most
+
+
+# --- parameter trees -------------------------------------------------------------------------------------------------------
+
+
+def leaves(tree: Mapping[str, Any], place: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Of nested dicts, each with its path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*place, key))
+        else:
+            yield (*place, key), value
+
+
+def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        parent = tree
+        for key in path[:-1]:
+            parent = parent.setdefault(key, {})
+        parent[path[-1]] = value
+    return tree

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path as LocalPath
 from typing import Any
@@ -35,7 +35,7 @@ from blm_jax.errors import RequestError, RunError
 from blm_jax.weights.checkpoint import ASSETS, PARAMS, open_arrays
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.hub import TRAINED_CONTRACT
-from blm_jax.weights.names import Entry, Path, Shape, Slices, Tensor, some
+from blm_jax.weights.names import Entry, Path, Shape, Slices, Tensor, leaves, some
 from blm_jax.weights.safetensors_file import CODES, PlannedFile, Stored, copy_cast, is_local, read_block, read_header
 from blm_jax.weights.source import PathLike, read_config
 from blm_jax.weights.trained import POLICY_PARAMS, check_values, is_trained, newest_of_run, open_contents
@@ -254,8 +254,8 @@ def write_policy(directory: PathLike, files: PolicyFiles, params: Mapping[str, A
     if target.exists():
         raise RequestError(f"{target} exists; choose another directory or remove it")
     entries = table(files.config)
-    leaves = dict(_leaves(params))
-    _check_tree({path: leaf.shape for path, leaf in leaves.items()}, entries, "the parameters to be written")
+    arrays = dict(leaves(params))
+    _check_tree({path: leaf.shape for path, leaf in arrays.items()}, entries, "the parameters to be written")
     leads = _leads()
     partial = target.parent / f".{target.name}.partial" if is_local(target) else target
     try:
@@ -263,7 +263,7 @@ def write_policy(directory: PathLike, files: PolicyFiles, params: Mapping[str, A
             partial.rmtree(missing_ok=True)  # what a killed run left
         if leads:
             partial.mkdir(parents=True)
-        _fill(partial, files, entries, leaves, leads)
+        _fill(partial, files, entries, arrays, leads)
         if leads and partial is not target:
             os.rename(partial, target)
     except BaseException as error:
@@ -274,28 +274,28 @@ def write_policy(directory: PathLike, files: PolicyFiles, params: Mapping[str, A
         raise
 
 
-def _fill(directory: epath.Path, files: PolicyFiles, entries: Mapping[Path, Entry], leaves: Mapping[Path, Any], leads: bool) -> None:
-    _write_weights(directory / WEIGHTS, entries, leaves, leads)
+def _fill(directory: epath.Path, files: PolicyFiles, entries: Mapping[Path, Entry], arrays: Mapping[Path, Any], leads: bool) -> None:
+    _write_weights(directory / WEIGHTS, entries, arrays, leads)
     if leads:
         (directory / TWIN.name).write_bytes(TWIN.read_bytes())
         (directory / CONTRACT).write_text(json.dumps(contract(files), indent=2, allow_nan=False) + "\n")
 
 
-def _write_weights(path: epath.Path, entries: Mapping[Path, Entry], leaves: Mapping[Path, Any], leads: bool) -> None:
+def _write_weights(path: epath.Path, entries: Mapping[Path, Entry], arrays: Mapping[Path, Any], leads: bool) -> None:
     """One array of the tree at a time: it is gathered from all devices, and the first process writes its layers."""
-    ordered = sorted(entries.values(), key=lambda entry: -np.dtype(leaves[entry.path].dtype).itemsize)  # wide numbers first
-    described = {tensor.name: (np.dtype(leaves[entry.path].dtype), entry.hub_shape) for entry in ordered for tensor in entry.tensors()}
+    ordered = sorted(entries.values(), key=lambda entry: -np.dtype(arrays[entry.path].dtype).itemsize)  # wide numbers first
+    described = {tensor.name: (np.dtype(arrays[entry.path].dtype), entry.hub_shape) for entry in ordered for tensor in entry.tensors()}
     wrong = [name for name, (dtype, _) in described.items() if dtype not in CODES]
     if wrong:
         raise RequestError(f"{some(wrong)} of dtype {described[wrong[0]][0]}, not one of {', '.join(dtype.name for dtype in CODES)}")
     if not leads:
         for entry in ordered:
-            _on_host(leaves[entry.path])
+            _on_host(arrays[entry.path])
         return
     with path.open("wb") as file:
         file.write(PlannedFile(path.name, described).header())
         for entry in ordered:
-            stacked = _on_host(leaves[entry.path])
+            stacked = _on_host(arrays[entry.path])
             for tensor in entry.tensors():
                 block = np.empty(entry.block, stacked.dtype)
                 copy_cast(stacked if tensor.layer is None else stacked[tensor.layer], block.transpose(entry.order))
@@ -383,11 +383,11 @@ def load_policy_params(model_directory: PathLike, abstract: Mapping[str, Any]) -
     import jax  # late: whoever reads the contract alone has no need of devices
 
     entries, read = _reader(newest_of_run(open_path(model_directory)))
-    leaves = dict(_leaves(abstract))
-    _check_tree({path: leaf.shape for path, leaf in leaves.items()}, entries, "the model asked for")
+    wanted = dict(leaves(abstract))
+    _check_tree({path: leaf.shape for path, leaf in wanted.items()}, entries, "the model asked for")
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     loaded: dict[str, Any] = {}
-    for path, leaf in leaves.items():
+    for path, leaf in wanted.items():
         parent = loaded
         for key in path[:-1]:
             parent = parent.setdefault(key, {})
@@ -455,14 +455,6 @@ def _read(entry: Entry, stored: Mapping[str, Stored], index: tuple[slice, ...], 
 def _read_layer(tensor: Tensor, stored: Mapping[str, Stored], slices: Slices, out: np.ndarray) -> None:
     entry = tensor.entry
     copy_cast(read_block(stored[tensor.name], entry.block, entry.hub_slices(slices)).transpose(entry.order), out)
-
-
-def _leaves(tree: Mapping[str, Any], place: Path = ()) -> Iterator[tuple[Path, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*place, key))
-        else:
-            yield (*place, key), value
 
 
 def _check_tree(shapes: Mapping[Path, Shape], entries: Mapping[Path, Entry], what: str) -> None:

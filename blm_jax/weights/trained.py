@@ -23,7 +23,7 @@ from etils import epath
 from blm_jax.config import BackboneConfig
 from blm_jax.data.files import one_line, open_path, read_json
 from blm_jax.errors import RequestError
-from blm_jax.weights.adapters import AdaptedSource, Adapters, LowRankConfig, adapter_table
+from blm_jax.weights.adapters import AdaptedSource, Adapters, adapter_table, read_lora
 from blm_jax.weights.checkpoint import ASSETS, COMMIT, PARAMS, PROVENANCE, CheckpointSource, open_arrays, read_config
 from blm_jax.weights.form import Source
 from blm_jax.weights.hashing import fingerprint_of
@@ -170,11 +170,11 @@ class TrainedSource:
 
 
 def open_adapters(directory: epath.Path, contents: Contents, config: BackboneConfig, lora: Any) -> Adapters:
-    low_rank = LowRankConfig.read(lora, directory / PROVENANCE)
-    entries = adapter_table(config, low_rank)
+    known = read_lora(lora, directory / PROVENANCE)
+    entries = adapter_table(config, known)
     arrays = open_arrays(directory / PARAMS, entries)
     check_values(directory, contents, arrays)  # they are small
-    return Adapters(low_rank, entries, arrays)
+    return Adapters(known, entries, arrays)
 
 
 # The base

@@ -40,7 +40,7 @@ from blm_jax.plan import command, least, programs, rows
 from blm_jax.plan.report import Plan, Program, examine, table
 from blm_jax.plan.topology import describe
 from blm_jax.recipe import LoraConfig, ModuleConfig, OptimizerConfig, Run, SetConfig, StageOneConfig, StageTwoConfig
-from blm_jax.train.select import leaves
+from blm_jax.weights.names import leaves
 
 BACKBONE = BackboneConfig(
     VisionConfig(layers=2, width=64, heads=2, ffn=96, out_width=128, full_attention_layers=(1,)),

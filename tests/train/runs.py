@@ -20,9 +20,10 @@ from blm_jax.models.mllm import abstract_params
 from blm_jax.models.policy import abstract_policy
 from blm_jax.recipe import OptimizerConfig
 from blm_jax.train.optimizer import make_optimizer
-from blm_jax.train.select import Tree, leaves, nested, rates, split
+from blm_jax.train.select import Tree, rates, split
 from blm_jax.train.stages import Stage, StageOne, StageTwo, Told
 from blm_jax.train.step import Report, State, Step, begin, make_step, mean
+from blm_jax.weights.names import leaves, nested
 from tests.models.chats import IMAGE, IMAGES, TEXT, VIDEO, make_example
 from tests.models.oracle import CASES
 from tests.models.policies import make_inputs, small

@@ -14,8 +14,9 @@ from blm_jax.models.objective import sample
 from blm_jax.models.policy import policy_with_params
 from blm_jax.recipe import OptimizerConfig, Run, SetConfig, StageTwoConfig
 from blm_jax.train.outline import outline
-from blm_jax.train.select import leaves, split
+from blm_jax.train.select import split
 from blm_jax.train.step import begin
+from blm_jax.weights.names import leaves
 from tests.models.policies import make_inputs, small
 from tests.train.runs import conversations, losses, make_mesh, place, random_tree, start
 

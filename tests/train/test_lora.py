@@ -18,12 +18,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from blm_jax import mesh as meshes
 from blm_jax.batch import Batch
 from blm_jax.cli import main
-from blm_jax.config import ComputeConfig
-from blm_jax.models.mllm import LowRank, abstract_params, with_params
-from blm_jax.recipe import LoraConfig, OptimizerConfig
+from blm_jax.config import ComputeConfig, LoraConfig
+from blm_jax.models.mllm import abstract_params, with_params
+from blm_jax.recipe import OptimizerConfig
 from blm_jax.train.command import train_run
-from blm_jax.train.select import leaves, nested
 from blm_jax.weights.load import load_params
+from blm_jax.weights.names import leaves, nested
 from blm_jax.weights.source import read_config
 from tests.train.worlds import World, make_world
 
@@ -69,13 +69,12 @@ def test_merged_is_applied_and_exported(run: tuple[World, Path], tmp_path: Path)
     merged_logits = logits(merged(checkpoint))
     assert np.abs(merged_logits - logits(merged(Path(world.model)))).max() > 0.05  # they matter
 
-    low_rank = LowRank(LORA.rank, LORA.alpha, LORA.targets)
-    shapes = dict(leaves(abstract_params(config, low_rank=low_rank)))
+    shapes = dict(leaves(abstract_params(config, lora=LORA)))
     own = dict(leaves(ocp.PyTreeCheckpointer().restore(checkpoint.absolute() / "params")))
     base = dict(leaves(load_params(world.model, abstract_params(config))))
     assert set(own) == set(shapes) - set(base)  # adapters were trained, and nothing else
     params = nested({path: jnp.asarray(np.asarray(own.get(path, base.get(path)))) for path in shapes})
-    applied = logits(with_params(config, ComputeConfig(), params, low_rank=low_rank))
+    applied = logits(with_params(config, ComputeConfig(), params, lora=LORA))
     np.testing.assert_allclose(applied, merged_logits, atol=1e-4)
 
     assert main(["convert", str(checkpoint), str(tmp_path / "hf"), "--to", "hf"]) == 0

@@ -14,13 +14,14 @@ import pytest
 
 from blm_jax import counts
 from blm_jax.batch import Batch, IntentRows, Moments, Prompts
-from blm_jax.config import BackboneConfig, ComputeConfig, PolicyConfig, Remat
+from blm_jax.config import BackboneConfig, ComputeConfig, LoraConfig, PolicyConfig, Remat
 from blm_jax.data.collate import collate
-from blm_jax.models.mllm import LowRank, abstract_params, with_params
+from blm_jax.models.mllm import abstract_params, with_params
 from blm_jax.models.objective import losses
 from blm_jax.models.policy import abstract_policy, policy_with_params
-from blm_jax.train.select import joined, leaves, nested
+from blm_jax.train.select import joined
 from blm_jax.train.work import StepWork, WorkCount, peak, segment_lengths
+from blm_jax.weights.names import leaves, nested
 from tests.models.chats import IMAGE, IMAGES, TEXT, VIDEO, make_example
 from tests.models.oracle import CASES
 from tests.models.policies import SMALL, make_inputs
@@ -79,23 +80,23 @@ class Case(NamedTuple):
     config: BackboneConfig = CONFIG
     remat: Remat = "none"
     stacked: bool = False  # as it is trained; taken apart otherwise, as a loop asks of each layer what one of them needs
-    low_rank: LowRank | None = None
+    lora: LoraConfig | None = None
 
 
 def step_of(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...], WorkCount, Batch]:
     """The slopes of a loss on logits, what to trace them with, and our count of them."""
     config, batch = case.config, full(chats(case.config))
-    tree = abstract_params(config, low_rank=case.low_rank)
+    tree = abstract_params(config, lora=case.lora)
     flat = dict(leaves(tree if case.stacked else unstacked(tree)))
     trained, frozen = (nested({path: x for path, x in flat.items() if case.trained(name_of(path)) == own}) for own in (True, False))
     compute = ComputeConfig(attention="xla", remat=case.remat)
 
     def loss(trained: Any, frozen: Any, batch: Batch) -> jax.Array:
-        model = with_params(config, compute, joined(trained, frozen), apart=not case.stacked, low_rank=case.low_rank)
+        model = with_params(config, compute, joined(trained, frozen), apart=not case.stacked, lora=case.lora)
         return jnp.sum(jax.nn.logsumexp(model(batch), axis=-1))
 
     names = {name_of(path) for path in flat if case.trained(name_of(path))}
-    ranks = {} if case.low_rank is None else {f"decoder.blocks.{name}": case.low_rank.rank for name in case.low_rank.targets}
+    ranks = {} if case.lora is None else {f"decoder.blocks.{name}": case.lora.rank for name in case.lora.targets}
     count = WorkCount(config, trained=names, ranks=ranks, remat=case.remat)
     return (jax.grad(loss) if names else loss), (trained, frozen, jax.eval_shape(lambda: batch)), count, batch
 
@@ -108,9 +109,11 @@ CASES_OF_STAGE_ONE = {
     "the head alone": Case(lambda name: name.startswith("decoder.head")),
     "queries and one bias": Case(lambda name: name in ("decoder.blocks.q.kernel", "decoder.blocks.v.bias")),
     "norms": Case(lambda name: name == "decoder.blocks.ffn_norm.scale"),
-    "adapters": Case(lambda name: "adapter" in name, low_rank=LowRank(4, 8.0, ("q", "v", "down"))),
+    "adapters": Case(lambda name: "adapter" in name, lora=LoraConfig(4, 8.0, ("q", "v", "down"))),
     "a tied head, made again": Case(lambda name: True, replace(CONFIG, decoder=replace(CONFIG.decoder, tied=True)), "full", True),
-    "adapters, made again": Case(lambda name: "adapter" in name or "embed" in name, CONFIG, "full", True, LowRank(3, 8.0, ("out", "down"))),
+    "adapters, made again": Case(
+        lambda name: "adapter" in name or "embed" in name, CONFIG, "full", True, LoraConfig(3, 8.0, ("out", "down"))
+    ),
     "the tower frozen, nothing of it made again": Case(lambda name: name.startswith("decoder"), stacked=True, remat="full"),
     "products kept": Case(lambda name: True, stacked=True, remat="dots"),
     "attention made again": Case(lambda name: True, stacked=True, remat="dots_no_batch"),
