@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from orbax.checkpoint import multihost
 
 from blm_jax import mesh as meshes
 from blm_jax.data.loader import Loader, Rows
@@ -25,6 +26,8 @@ from blm_jax.train.select import Tree, joined, split
 from blm_jax.train.setup import Opened
 from blm_jax.train.step import Report, State, begin, mean
 from blm_jax.train.work import WorkCount, peak
+
+COMPILE_MINUTES = 30  # between the first process that has compiled and the last
 
 Evaluate = Callable[[State, Tree], dict[str, float]]
 
@@ -50,6 +53,8 @@ def train(opened: Opened, clock: Clock) -> dict[str, Any]:
             first = rows.next()
         with clock.time("compile"):
             step = found.step().lower(state, frozen, first.batch).compile(run.hardware.compiler_options or None)
+            # All processes: sockets between CPUs wait half a minute for one that still compiles, and give up.
+            multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=COMPILE_MINUTES * 60_000)
         held_out = _evaluation(opened)
         work = work_count(opened)
         journal = stack.enter_context(
