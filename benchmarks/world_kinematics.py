@@ -54,7 +54,7 @@ def main() -> None:
     for robot, (joints, tool) in ROBOTS.items():
         angles, frames, tools = poses(getattr(options, robot), joints, tool, rng)
         found |= {f"{robot}/joints": angles, f"{robot}/frames": frames[:, :, :3], f"{robot}/tool": tools[:, :3]}
-    np.savez_compressed(options.out, **{name: values.astype(np.float32) for name, values in found.items()})
+    np.savez_compressed(options.out, allow_pickle=False, **{name: values.astype(np.float32) for name, values in found.items()})
     print(f"Python {platform.python_version()}, NumPy {np.__version__}, pin {pinocchio.__version__}: {options.out}")
 
 

@@ -192,6 +192,27 @@ def data_stats(args: argparse.Namespace, process: int) -> Result:
     return result
 
 
+def data_collect_world(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.evaluate.world.runs import collect
+
+    cells = _cells(args)
+    result = collect.collect(collect.Request(args.out, seed=args.seed, noise=args.noise, form=args.form, **cells))
+    if process == 0 and not args.json:
+        for cell in result["yield"]:
+            say(f"{cell['robot']} {cell['task']}: {cell['episodes']} of {cell['attempts']}, {cell['mean_steps']:.0f} steps each")
+    return result
+
+
+def _cells(args: argparse.Namespace) -> dict[str, Any]:
+    """What all commands of the embedded world are asked for."""
+    from blm_jax.evaluate.world.arms import ROBOTS
+    from blm_jax.evaluate.world.runs.cells import chosen
+    from blm_jax.evaluate.world.tasks import TASKS
+
+    robots, tasks = chosen(args.robots, ROBOTS, "robot"), chosen(args.tasks, TASKS, "task")
+    return {"robots": robots, "tasks": tasks, "episodes": args.episodes, "other": args.two}
+
+
 def data_features(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.data.demos.moments import Augmentation
     from blm_jax.data.vision.augment import AugmentConfig
@@ -242,6 +263,27 @@ def eval_openloop(args: argparse.Namespace, process: int) -> Result:
         hardware=_hardware(args),
     )
     result = openloop(request)
+    text = result.pop("text")
+    if process == 0 and not args.json:
+        say(text)
+    return result
+
+
+def eval_world(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.evaluate.world.runs.command import Request, world
+
+    request = Request(
+        model=args.model,
+        seed=args.seed,
+        steps=args.steps,
+        blank=args.blank,
+        shuffled=args.shuffled,
+        out=args.out,
+        backbone=args.backbone,
+        hardware=_hardware(args),
+        **_cells(args),
+    )
+    result = world(request)
     text = result.pop("text")
     if process == 0 and not args.json:
         say(text)

@@ -12,11 +12,13 @@ from blm_jax.commands import (
     act,
     bench,
     convert,
+    data_collect_world,
     data_features,
     data_inspect,
     data_prepare,
     data_stats,
     eval_openloop,
+    eval_world,
     generate,
     plan,
     train,
@@ -83,7 +85,27 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     _add_data_prepare(_command(commands, "prepare", data_prepare, "check conversations and write them as a corpus", uses_jax=False))
     _add_data_inspect(_command(commands, "inspect", data_inspect, "show what a model sees of data", uses_jax=False))
     _add_data_stats(_command(commands, "stats", data_stats, "check demonstrations and make a robot's statistics", uses_jax=False))
+    _add_data_collect(commands.add_parser("collect", help="record demonstrations in a simulator", description="Record demonstrations."))
     _add_data_features(_command(commands, "features", data_features, "make what the frozen backbone sees of demonstrations, for training"))
+
+
+def _add_data_collect(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    world = _command(commands, "world", data_collect_world, "by the experts of the embedded world")
+    world.add_argument("out", metavar="OUT", help="a directory for a set of each robot")
+    _add_cells(world)
+    world.add_argument(
+        "--noise", type=float, default=0.005, metavar="RAD", help="of each joint, done but not recorded: it shows ways back (0.005)"
+    )
+    world.add_argument("--form", choices=("rlds", "lerobot"), default="rlds", help="of the sets (rlds)")
+    world.add_argument("--seed", type=int, default=0, metavar="S", help="of beginnings and noise (0)")
+
+
+def _add_cells(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--robots", metavar="A,B", help="panda, xarm6, xarm7, widowxai (all)")
+    parser.add_argument("--tasks", metavar="A,B", help="PickCube, PushCube, PullCube, StackCube, PlaceSphere, LiftPegUpright (all)")
+    parser.add_argument("--episodes", type=_at_least_one, default=50, metavar="N", help="of each robot and task (50)")
+    parser.add_argument("--two", action="store_true", help="where one cube would lie there are two, and the instruction says which")
 
 
 def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +245,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_eval_openloop(_command(commands, "openloop", eval_openloop, "compare a policy's chunks with what was done in recorded episodes"))
+    _add_eval_world(_command(commands, "world", eval_world, "let a policy move arms in the embedded world, and count its successes"))
 
 
 def _add_eval_openloop(parser: argparse.ArgumentParser) -> None:
@@ -237,6 +260,17 @@ def _add_eval_openloop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=_at_least_one, default=1, metavar="N", help="chunks at each step (1)")
     _add_denoising(parser)
     parser.add_argument("--out", metavar="DIR", help="openloop.json, openloop.md and a page with plots, index.html, are written here")
+    _add_backbone(parser)
+    _add_hardware(parser)
+
+
+def _add_eval_world(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="as above; or expert, random or still, which need no weights")
+    _add_cells(parser)
+    parser.add_argument("--blank", action="store_true", help="show black pictures: what a policy does without looking")
+    parser.add_argument("--shuffled", action="store_true", help="with --two, name the other cube: what a policy does that does not read")
+    _add_denoising(parser)
+    parser.add_argument("--out", metavar="DIR", help="world.json, world.md and episodes.jsonl are written here; a run cut off goes on")
     _add_backbone(parser)
     _add_hardware(parser)
 

@@ -48,6 +48,9 @@ def starts(module: str, packages: tuple[str, ...]) -> bool:
 
 
 COMMAND_LINE = ("blm_jax.cli", "blm_jax.commands", "blm_jax.flags")
+WORLD = "blm_jax.evaluate.world"
+SIMULATOR = ("scene", "arms", "ik", "contact", "physics", "tasks", "experts", "render", "view")  # of the embedded world
+ROOMS = tuple(f"blm_jax.{room}" for room in ("models", "data", "weights", "infer", "convert", "train", "plan"))
 HOUSE = (
     # what, must not import
     (
@@ -63,6 +66,8 @@ HOUSE = (
     ("blm_jax.convert", ("blm_jax.infer", *COMMAND_LINE)),
     ("blm_jax.train", ("blm_jax.infer", "blm_jax.convert", *COMMAND_LINE)),
     ("blm_jax.evaluate", ("blm_jax.plan", "blm_jax.train", *COMMAND_LINE)),
+    *((f"{WORLD}.{part}", (*ROOMS, f"{WORLD}.runs", f"{WORLD}.talk", *COMMAND_LINE)) for part in SIMULATOR),
+    (f"{WORLD}.talk", ("blm_jax.infer", f"{WORLD}.runs")),
     ("blm_jax.counts", ("jax", "flax", "blm_jax.models", "blm_jax.data")),
     ("blm_jax.data.vision", ("blm_jax.data.corpora", "blm_jax.data.demos")),
     ("blm_jax.data.corpora", ("blm_jax.data.demos",)),

@@ -220,10 +220,15 @@ def act(
 
 def noise_of(seed: jax.Array | int, rows: int, samples: int, config: PolicyConfig, first: jax.Array | int = 0) -> jax.Array:
     """[rows * samples, horizon, action_width]: decided by the seed, the row, counted from `first`, and the sample; never by the mesh."""
+    return noise_of_rows(seed, first + jnp.arange(rows), samples, config)
+
+
+def noise_of_rows(seed: jax.Array | int, numbers: jax.Array, samples: int, config: PolicyConfig) -> jax.Array:
+    """The same of rows with these numbers."""
     shape = (config.horizon, config.embodiment.action_width)
 
     def draw(row: jax.Array, number: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), number), shape)
 
-    drawn = jax.vmap(lambda row: jax.vmap(lambda number: draw(row, number))(jnp.arange(samples)))(first + jnp.arange(rows))
-    return drawn.reshape(rows * samples, *shape)
+    drawn = jax.vmap(lambda row: jax.vmap(lambda number: draw(row, number))(jnp.arange(samples)))(numbers)
+    return drawn.reshape(-1, *shape)

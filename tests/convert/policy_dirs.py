@@ -22,7 +22,7 @@ SCHEMES: dict[str, statistics.Scheme] = {"panda": "quantile", "xarm6": "mean_std
 def make_files(config: PolicyConfig, backbone: str = BACKBONE) -> PolicyFiles:
     """Chunks of different lengths, one robot whose actions are absolute, one with a dimension that never moves."""
     rng = np.random.default_rng(1)
-    known = {name: replace(robot, horizon=HORIZONS[name], executed=3) for name, robot in load_robots().items()}
+    known = {name: replace(load_robots()[name], horizon=horizon, executed=3) for name, horizon in HORIZONS.items()}
     known["xarm7"] = replace(known["xarm7"], relative=False)
     robots = {name: known[name] for name in config.robots}
     return PolicyFiles(config, robots, {name: make_statistics(robot, rng) for name, robot in robots.items()}, backbone)

@@ -83,10 +83,12 @@ START = {
 }
 
 
-def test_the_package_knows_four_arms() -> None:
-    assert list(OURS) == ["panda", "xarm6", "xarm7", "widowxai"]
-    assert [len(robot.state) for robot in OURS.values()] == [8, 7, 8, 7]
-    for robot in OURS.values():
+def test_the_package_knows_four_arms_and_their_like_in_the_world() -> None:
+    assert list(OURS) == [*START, *(f"world_{name}" for name in START)]
+    assert [len(OURS[name].state) for name in START] == [8, 7, 8, 7]
+    for name in START:
+        robot, like = OURS[name], OURS[f"world_{name}"]
+        assert like == replace(robot, name=like.name, cameras=(Camera("front", 112, 112), Camera("side", 112, 112)))
         assert robot.state == robot.action and robot.hz == 20 and robot.relative
         assert [dimension.kind for dimension in robot.state] == ["joint"] * (len(robot.state) - 1) + ["gripper"]
         assert {dimension.unit for dimension in robot.state[:-1]} == {"rad"}
@@ -199,7 +201,7 @@ def test_files_that_hold_no_robots(write, tmp_path: Path) -> None:
 def test_an_unknown_robot_suggests_the_near_one() -> None:
     assert find_robot("xarm7", OURS) is OURS["xarm7"]
     assert message(find_robot, "pandaa", OURS) == "there is no robot 'pandaa'; did you mean panda?"
-    assert message(find_robot, "kuka", OURS) == "there is no robot 'kuka'; there are panda, xarm6, xarm7, widowxai"
+    assert message(find_robot, "kuka", OURS) == f"there is no robot 'kuka'; there are {', '.join(OURS)}"
 
 
 # --- out and in again ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,39 @@
+"""A MODEL that has learned nothing yet: weights drawn at random, in the Hub's layout, as all that trains and loads expects one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from blm_jax.config import BackboneConfig, ComputeConfig
+from blm_jax.convert.output import Output
+from blm_jax.convert.team import Team
+from blm_jax.models.mllm import Mllm
+from blm_jax.weights.config_json import to_json
+from blm_jax.weights.names import hub_tensors, leaves, table
+from blm_jax.weights.safetensors_file import plan_files
+
+SIZE = 2**30  # bytes that the directory is expected to need, at most
+
+
+def write_new_model(path: epath.PathLike, config: BackboneConfig, assets: Mapping[str, bytes], seed: int) -> None:
+    """`assets` are the files of tokenizer and processors, by name."""
+    model = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Mllm(config, ComputeConfig(), rngs=nnx.Rngs(seed)), nnx.Param)))()
+    drawn = {place: np.asarray(leaf) for place, leaf in leaves(model)}
+    tensors = {tensor.name: tensor for tensor in hub_tensors(table(config))}
+    [planned] = plan_files({name: (np.dtype(np.float32), tensor.entry.hub_shape) for name, tensor in tensors.items()}, SIZE)
+    with Output(epath.Path(path), SIZE, Team()) as output:
+        with (output.directory / "model.safetensors").open("wb") as file:
+            file.write(planned.header())
+            for name in planned.tensors:
+                entry, layer = tensors[name].entry, tensors[name].layer
+                block = drawn[entry.path] if layer is None else drawn[entry.path][layer]
+                file.write(np.ascontiguousarray(block.transpose(np.argsort(entry.order)), np.float32).tobytes())
+        for name, content in assets.items():
+            (output.directory / name).write_bytes(content)
+        (output.directory / "config.json").write_text(json.dumps(to_json(config, "float32"), indent=2) + "\n")

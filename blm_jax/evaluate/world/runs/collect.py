@@ -1,0 +1,177 @@
+"""`blm data collect world`: demonstrations of the embedded world's experts, as sets of episodes that training reads.
+
+Only what succeeded is kept, up to half a second after it had; what failed is tried again with other beginnings.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from blm_jax import mesh as meshes
+from blm_jax.config import MeshConfig
+from blm_jax.data.demos.episodes import Recording
+from blm_jax.data.demos.recorder import Form, Recorder
+from blm_jax.data.demos.robots import Robot, load_robots
+from blm_jax.data.files import open_path, write_whole
+from blm_jax.errors import RequestError, RunError
+from blm_jax.evaluate.world import tasks, view
+from blm_jax.evaluate.world.arms import ROBOTS
+from blm_jax.evaluate.world.runs import cells, rollout
+from blm_jax.evaluate.world.runs.cells import Episodes
+from blm_jax.evaluate.world.runs.pilot import PREFIX
+from blm_jax.evaluate.world.scene import JOINTS, Setting, State
+from blm_jax.evaluate.world.tasks import TASKS
+
+ROWS, AT_ONCE = 64, 8  # episodes of a batch, and of those that are worked on at a time
+FRAMES = 64  # scenes that are drawn at a time
+TRIES = 3  # times as many attempts as episodes are asked for, at most
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `blm data collect world` is asked for."""
+
+    out: str
+    robots: tuple[str, ...] = ROBOTS
+    tasks: tuple[str, ...] = TASKS
+    episodes: int = 50  # of each cell
+    seed: int = 0
+    noise: float = 0.005  # radians of each joint, of what is executed and not recorded
+    other: bool = False  # a second cube wherever there would be one
+    form: Form = "rlds"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
+
+
+class Attempt(NamedTuple):
+    """An episode as it was done."""
+
+    setting: Setting
+    states: State  # [steps + 1, ...]
+    actions: np.ndarray  # [steps, JOINTS + 1]
+    instruction: str
+
+
+def collect(request: Request) -> dict[str, Any]:
+    target = open_path(request.out)
+    if "://" in request.out:
+        raise RequestError(f"{request.out} lies in a bucket: collect to a disk, and copy the sets when they are whole")
+    if target.exists():
+        raise RequestError(f"{request.out} exists; choose another directory or remove it")
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    robots = load_robots()
+    told: dict[str, Any] = {**asdict(request), "sets": {}, "yield": []}
+    runner = _Runner(request)
+    try:
+        for name in request.robots:
+            robot = robots[PREFIX + name]
+            with Recorder(partial / robot.name, robot, request.form) as recorder:
+                for task in request.tasks:
+                    told["yield"].append(_collect_cell(request, runner, robot, name, task, recorder))
+            told["sets"][robot.name] = f"{request.out}/{robot.name}"
+        write_whole(partial / "collected.json", json.dumps(told, indent=1).encode() + b"\n")
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return told
+
+
+def _collect_cell(request: Request, runner: _Runner, robot: Robot, name: str, task: str, recorder: Recorder) -> dict[str, Any]:
+    kept = attempts = steps = 0
+    with tqdm(total=request.episodes, unit=" episodes", desc=f"{name} {task}", disable=None) as bar:
+        while kept < request.episodes:
+            if attempts >= TRIES * request.episodes + ROWS:
+                raise RunError(f"{name}, {task}: {kept} of {attempts} attempts succeeded, too few for {request.episodes} episodes")
+            for attempt in runner.attempts(name, task, attempts):
+                attempts += 1
+                if attempt is None:
+                    continue
+                recorder.add(recording_of(attempt, robot))
+                kept, steps = kept + 1, steps + len(attempt.actions)
+                bar.update(1)
+                if kept == request.episodes:
+                    break
+    return {"robot": name, "task": task, "episodes": kept, "attempts": attempts, "mean_steps": steps / kept}
+
+
+class _Runner:
+    """Attempts by the batch, in one compiled program for all cells."""
+
+    def __init__(self, request: Request):
+        self.request, self.driver = request, rollout.Expert(request.noise)
+        self.mesh = meshes.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        self.turn = rollout.make_turn(self.driver, self.mesh, AT_ONCE)
+        self.rows = min(ROWS, -(-request.episodes // AT_ONCE) * AT_ONCE)
+
+    def attempts(self, name: str, task: str, first: int) -> Iterator[Attempt | None]:
+        """Of numbers from `first` on; None if one has failed."""
+        episodes = cells.episodes_of((name,), (task,), self.rows, first)
+        seed, limit = self.request.seed, tasks.LIMITS[TASKS.index(task)]
+        settings, states = cells.begin(np.uint32(seed), *episodes, kind=cells.DEMONSTRATION, other=self.request.other)
+        settings = jax.device_get(settings)
+        texts = cells.instructions(settings, episodes.number)
+        progress = jax.jit(rollout.started, static_argnums=0)(self.driver, settings, states)
+        traces = self._run(settings, progress, _seeds(seed, episodes), np.full(self.rows, limit, np.int32))
+        for row in range(self.rows):
+            ends = np.flatnonzero(traces.held[row] == rollout.HELD)
+            if not len(ends) or traces.held[row, -1] < rollout.HELD:
+                yield None
+                continue
+            steps = int(ends[-1]) + 1  # the last time that it succeeded, it stayed so
+            pick = jax.tree.map(lambda x, row=row, steps=steps: x[row, : steps + 1], traces.state)
+            yield Attempt(jax.tree.map(lambda x, row=row: x[row], settings), pick, np.asarray(traces.action[row, :steps]), texts[row])
+
+    def _run(self, settings: Setting, progress: Any, seeds: np.ndarray, limits: np.ndarray) -> rollout.Trace:
+        """[rows, steps, ...], until all have succeeded for good measure or the limit is reached."""
+        own = list(range(self.rows))
+        parts: list[rollout.Trace] = []
+        with meshes.use(self.mesh):
+            rows, settings, limits, at = (rollout.put(part, self.mesh, own, self.rows) for part in (seeds, settings, limits, progress))
+            for number in range(-(-int(np.max(limits)) // self.driver.turn)):
+                at, trace = self.turn(None, rows, settings, limits, at, np.int32(number))
+                parts.append(jax.device_get(trace))
+                if np.all(parts[-1].held[:, -1] > rollout.HELD):
+                    break
+        return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *parts)
+
+
+def _seeds(seed: int, episodes: Episodes) -> np.ndarray:
+    """Of the noise, one an episode."""
+    mixed = ((seed % 2**8) * len(ROBOTS) + episodes.robot) * len(TASKS) + episodes.task
+    return (mixed * 2**13 + episodes.number % 2**13).astype(np.int32)
+
+
+def recording_of(attempt: Attempt, robot: Robot) -> Recording:
+    numbers = np.concatenate([attempt.states.joints, attempt.states.opening[:, None]], axis=1)
+    taken = [JOINTS if dimension.kind == "gripper" else i for i, dimension in enumerate(robot.state)]
+    pictures = drawn(attempt.setting, attempt.states)
+    images = {camera.name: pictures[:, i] for i, camera in enumerate(robot.cameras)}
+    return Recording(attempt.instruction, numbers[:, taken], attempt.actions[:, taken], images)
+
+
+def drawn(setting: Setting, states: State) -> np.ndarray:
+    """What the cameras see of an episode, [frames, cameras, height, width, 3] uint8."""
+    count = len(states.joints)
+    places = np.minimum(np.arange(-(-count // FRAMES) * FRAMES), count - 1)  # programs have one shape
+    made = [
+        np.asarray(_pictures(setting, jax.tree.map(lambda x, some=some: x[some], states)))
+        for some in np.split(places, len(places) // FRAMES)
+    ]
+    return np.concatenate(made)[:count]
+
+
+@jax.jit
+def _pictures(setting: Setting, states: State) -> jax.Array:
+    return view.pictures(jax.vmap(view.shapes, (None, 0))(jax.tree.map(jnp.asarray, setting), states))

@@ -1,0 +1,203 @@
+"""`blm eval world`: episodes of the embedded world, many at once, and the table of how they went."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from blm_jax import mesh as meshes
+from blm_jax.config import HardwareConfig
+from blm_jax.convert.team import Team
+from blm_jax.data.files import open_path, read_json, write_whole
+from blm_jax.errors import RequestError
+from blm_jax.evaluate.world import tasks
+from blm_jax.evaluate.world.arms import ROBOTS
+from blm_jax.evaluate.world.runs import cells, rollout
+from blm_jax.evaluate.world.runs.cells import Episodes
+from blm_jax.evaluate.world.runs.pilot import Pilot
+from blm_jax.evaluate.world.runs.report import as_markdown, as_text, summary
+from blm_jax.evaluate.world.tasks import TASKS
+from blm_jax.infer.act import load_actor
+from blm_jax.weights.policy import read_policy
+from blm_jax.weights.trained import newest_of_run
+
+FORMAT = 1
+SCRIPTED = ("expert", "random", "still")  # in place of a MODEL
+ROWS, AT_ONCE = 64, 8  # episodes of a batch for each device, and of those that it works on at a time
+ASKED, EPISODES, RESULT = "request.json", "episodes.jsonl", "world.json"  # the last is written last
+PACKAGES = ("blm-jax", "jax", "jaxlib", "flax", "numpy")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `blm eval world` is asked for."""
+
+    model: str  # or one of SCRIPTED
+    robots: tuple[str, ...] = ROBOTS
+    tasks: tuple[str, ...] = TASKS
+    episodes: int = 50  # of each cell
+    seed: int = 0
+    steps: int | None = None  # of denoising
+    other: bool = False  # a second cube lies there too, and the instruction tells them apart
+    blank: bool = False  # the policy sees black pictures
+    shuffled: bool = False  # the policy is told of the other cube
+    out: str | None = None
+    backbone: str | None = None
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
+        if self.model in SCRIPTED and (self.blank or self.shuffled or self.steps):
+            raise RequestError(f"{self.model} neither sees, reads nor denoises: leave --blank, --shuffled and --steps to a MODEL")
+
+
+def world(request: Request) -> dict[str, Any]:
+    """What `blm eval world --json` prints, and `text` for a terminal."""
+    start = time.perf_counter()
+    mesh = meshes.make_mesh(request.hardware.mesh)
+    driver, whose = _driver(request, mesh)
+    folder = _Folder(request, whose)
+    loaded = time.perf_counter()
+    done = _run(request, driver, mesh, folder)
+    result = {
+        **folder.identity,
+        **summary(done, request.robots, request.tasks),
+        "seconds": {"load": loaded - start, "run": time.perf_counter() - loaded},
+        "hardware": {"devices": f"{mesh.size} {mesh.devices.flat[0].device_kind}", "mesh": dict(mesh.shape)},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    folder.finish(result)
+    return {**result, "text": as_text(result)}
+
+
+def _driver(request: Request, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+    """Who drives, and what tells it from another."""
+    if request.model in SCRIPTED:
+        made = {"expert": rollout.Expert, "random": rollout.Random, "still": rollout.Still}[request.model]()
+        return made, {"model": request.model}
+    model = os.fspath(newest_of_run(open_path(request.model)))
+    files = read_policy(model)
+    actor = load_actor(model, mesh, request.hardware.compute, backbone=request.backbone)
+    pilot = Pilot(actor, steps=request.steps, seed=request.seed, blank=request.blank)
+    for name in request.robots:
+        pilot.robot(name)
+    return pilot, {"model": model, "backbone": files.backbone, "denoising_steps": pilot.steps, "executed": pilot.turn}
+
+
+def _run(request: Request, driver: Any, mesh: Mesh, folder: _Folder) -> list[dict[str, Any]]:
+    every = cells.episodes_of(request.robots, request.tasks, request.episodes)
+    count, shards = len(every.robot), meshes.batch_shards(mesh)
+    at_once = min(AT_ONCE, -(-count // shards))
+    rows = shards * at_once * max(1, min(ROWS // at_once, count // (shards * at_once)))
+    turn = rollout.make_turn(driver, mesh, at_once)
+    done = list(folder.done)
+    quiet = None if jax.process_index() == 0 else True
+    with tqdm(total=count, initial=len(done), unit=" episodes", desc="world", disable=quiet) as bar, meshes.use(mesh):
+        for first in range(len(done), count, rows):
+            places = np.minimum(np.arange(first, first + rows), count - 1)  # the last batch repeats its last episode
+            real = min(rows, count - first)
+            found = list(_batch(request, driver, turn, mesh, every.part(places)))[:real]
+            folder.add(found)
+            done += found
+            bar.update(real)
+    return done
+
+
+def _batch(request: Request, driver: Any, turn: rollout.Turn, mesh: Mesh, episodes: Episodes) -> Iterator[dict[str, Any]]:
+    count = len(episodes.robot)
+    own = meshes.rows_of_process(mesh, count)
+    mine = episodes.part(own)
+    settings, states = _begun(request, mine)
+    progress = jax.jit(rollout.started, static_argnums=0)(driver, settings, states)
+    limits = np.array(tasks.LIMITS, np.int32)[mine.task]
+    rows = _rows(request, driver, settings, mine)
+    rows, settings, limits, progress = (rollout.put(part, mesh, own, count) for part in (rows, settings, limits, progress))
+    for number in range(-(-int(max(tasks.LIMITS[task] for task in episodes.task)) // driver.turn)):
+        progress, _ = turn(driver.values, rows, settings, limits, progress, np.int32(number))
+    told = progress.held, progress.first, progress.state.position[:, 0]
+    told = (np.asarray(multihost_utils.process_allgather(part, tiled=True)) for part in told)
+    for robot, task, number, held_for, once, end in zip(*episodes, *told, strict=True):
+        yield {
+            "robot": ROBOTS[robot],
+            "task": TASKS[task],
+            "episode": int(number),
+            "success": bool(held_for >= rollout.HELD),
+            "once": bool(once >= 0),
+            "steps": int(once),
+            "end": [float(value) for value in end],  # where the first body was left
+        }
+
+
+def _begun(request: Request, episodes: Episodes) -> tuple[Any, Any]:
+    return cells.begin(np.uint32(request.seed), *episodes, kind=cells.EVALUATION, other=request.other)
+
+
+def _rows(request: Request, driver: Any, settings: Any, episodes: Episodes) -> Any:
+    numbers = (episodes.robot * len(TASKS) + episodes.task) * 2**13 + episodes.number  # of all cells
+    if not isinstance(driver, Pilot):
+        return numbers
+    asked = settings._replace(wanted=1 - settings.wanted) if request.shuffled else settings
+    texts = cells.instructions(asked, episodes.number)
+    return driver.rows([ROBOTS[robot] for robot in episodes.robot], texts, numbers)
+
+
+# --- the directory -----------------------------------------------------------------------------------------------------------
+
+
+class _Folder:
+    """Where episodes are written as they are done, so that a run that was cut off goes on."""
+
+    def __init__(self, request: Request, whose: dict[str, Any]):
+        asked = asdict(request)
+        for name in ("out", "backbone", "hardware", "model"):  # these change no episode
+            del asked[name]
+        self.identity = json.loads(json.dumps({"format": FORMAT, **whose, **asked, "limits": dict(zip(TASKS, tasks.LIMITS, strict=True))}))
+        self.path = None if request.out is None else open_path(request.out)
+        self.done: list[dict[str, Any]] = []
+        self.leads = jax.process_index() == 0
+        if self.path is not None:
+            Team.of_all_processes().together(self._open)
+
+    def _open(self) -> None:
+        assert self.path is not None
+        if "://" in os.fspath(self.path):
+            raise RequestError(f"--out {self.path} lies in a bucket: episodes are written one after the other; name a local directory")
+        if (self.path / ASKED).exists():
+            if read_json(self.path / ASKED) != self.identity:
+                raise RequestError(f"{self.path} holds episodes of another request: choose another --out, or remove it")
+            lines = (self.path / EPISODES).read_text().split("\n") if (self.path / EPISODES).exists() else []
+            self.done = [json.loads(line) for line in lines[:-1]]  # what follows the last line's end was cut off
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise RequestError(f"{self.path} exists and is no evaluation of the world: choose another --out, or remove it")
+        elif self.leads:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / ASKED, json.dumps(self.identity, indent=1).encode() + b"\n")
+
+    def add(self, found: list[dict[str, Any]]) -> None:
+        if self.path is None or not self.leads:
+            return
+        text = "".join(json.dumps(one) + "\n" for one in found)
+        with Path(self.path / EPISODES).open("r+b" if (self.path / EPISODES).exists() else "wb") as file:
+            file.seek(sum(len(json.dumps(one)) + 1 for one in self.done))  # over a line that was cut off
+            file.truncate()
+            file.write(text.encode())
+        self.done += found
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self.path is None or not self.leads:
+            return
+        write_whole(self.path / "world.md", as_markdown(result).encode())
+        write_whole(self.path / RESULT, json.dumps(result, indent=1).encode() + b"\n")

@@ -1,0 +1,130 @@
+"""A small model to begin from, in the layout of Qwen2.5-VL: its shape, its words, and its files before it has learned anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from etils import epath
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from blm_jax.config import BackboneConfig, DecoderConfig, TokenConfig, VisionConfig
+from blm_jax.convert.new import write_new_model
+from blm_jax.data.chat import WORDS
+from blm_jax.evaluate.world.talk.talks import sentences
+from blm_jax.evaluate.world.talk.wordings import WORDINGS as QUESTIONS
+from blm_jax.evaluate.world.tasks import COLOURS, TASKS, WORDINGS, instruction
+from blm_jax.evaluate.world.view import SIZE
+
+VOCAB = 1024  # words and their parts, at most; 256 are the bytes, of which any text can be made
+SAID = 4000  # sentences that the words are taken from
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+# As Qwen2.5-VL's, but for the system's message that stands there where none is given: here each token counts.
+TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
+{%- endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def write_untrained(path: epath.PathLike, seed: int = 0) -> None:
+    """A MODEL of some two million parameters drawn at random."""
+    words = tokenizer(seed)
+    write_new_model(path, config_of(words), assets_of(words), seed)
+
+
+def config_of(words: Tokenizer) -> BackboneConfig:
+    number = {name: _id(words, name) for name in SPECIAL}
+    tokens = TokenConfig(
+        image=number["<|image_pad|>"],
+        video=number["<|video_pad|>"],
+        vision_start=number["<|vision_start|>"],
+        vision_end=number["<|vision_end|>"],
+        pad=number["<|endoftext|>"],
+    )
+    width, heads = 128, 4
+    vision = VisionConfig(layers=3, width=width, heads=heads, ffn=3 * width, out_width=width, full_attention_layers=(0, 1, 2))
+    decoder = DecoderConfig(
+        layers=4,
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        ffn=3 * width,
+        vocab=-(-words.get_vocab_size() // 64) * 64,
+        rope_theta=1e4,
+        mrope_section=(4, 6, 6),
+        max_positions=4096,
+        tied=True,
+    )
+    return BackboneConfig(vision=vision, decoder=decoder, tokens=tokens)
+
+
+def tokenizer(seed: int) -> Tokenizer:
+    """Byte-level, with the words of this world; any other text is spelled."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, min_frequency=2, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    made.train_from_iterator(texts(seed), trainer)
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    return made
+
+
+def texts(seed: int) -> Iterator[str]:
+    """What is said in this world, for its words."""
+    for _ in range(8):
+        yield "system\nuser\nassistant\n"
+    for learned, _ in QUESTIONS.values():
+        yield from learned
+    for task, wordings in zip(range(len(TASKS)), WORDINGS, strict=True):
+        for wording in range(len(wordings)):
+            for colour in range(len(COLOURS)):
+                yield instruction(task, colour, (colour + 1) % len(COLOURS), wording)
+    for asked, answered in islice(sentences(seed, "train"), SAID):
+        yield f"{asked} {answered}"
+
+
+def assets_of(words: Tokenizer) -> dict[str, bytes]:
+    """The files beside weights and config.json, by name."""
+    pixels = {
+        "min_pixels": 28 * 28,
+        "max_pixels": 4 * SIZE * SIZE,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    stops = [_id(words, name) for name in ("<|im_end|>", "<|endoftext|>")]
+    return {
+        "tokenizer.json": words.to_str().encode(),
+        "tokenizer_config.json": _json({**names, "model_max_length": 4096, "additional_special_tokens": list(SPECIAL[1:])}),
+        "chat_template.jinja": TEMPLATE.encode(),
+        "preprocessor_config.json": _json(pixels),
+        "generation_config.json": _json({"eos_token_id": stops, "pad_token_id": stops[1], "do_sample": False}),
+    }
+
+
+def _id(words: Tokenizer, name: str) -> int:
+    found = words.token_to_id(name)
+    assert found is not None
+    return found
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
