@@ -29,7 +29,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 demo: $(INSTALLED)
-	@echo "The demo comes with the embedded world: this release has the backbone only. See blm --help."
+	@echo "The demo is not there yet: the embedded world is, see README.md and blm eval world --help."
 
 clean:
 	rm -rf .venv .cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -90,6 +92,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     if len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) > 1:
         return hybrid(sizes, devices)
+    placed = sorted(devices, key=lambda device: getattr(device, "coords", ()))
+    if sizes[AXES.index("fsdp")] == len(devices) and len(stages(placed)) > 1:
+        # JAX would wind some of them up to a ring, whose sides are none of the grid's.
+        return Mesh(np.array(placed).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -247,10 +253,41 @@ def _scattered(_: None, slopes: jax.Array) -> tuple[jax.Array]:
     if others and platform() == "tpu":
         # Else the compiler may leave them as the product wrote them, with the rows last in memory, and sum them up whole again.
         slopes = with_layout_constraint(slopes.reshape(first, -1), Layout((0, 1)))
-    return (jax.lax.psum_scatter(slopes, "fsdp", tiled=True).reshape(-1, *others),)
+    for groups in _one_side_at_a_time(_current.get()):
+        slopes = jax.lax.psum_scatter(slopes, "fsdp", tiled=True, axis_index_groups=groups)
+    return (slopes.reshape(-1, *others),)
 
 
 _joined.defvjp(lambda shard: (_joined(shard), None), _scattered)
+
+
+def _one_side_at_a_time(mesh: Mesh | None) -> list[list[list[int]] | None]:
+    """Groups of shards that add up in turn: along one side of a grid the TPU compiler scatters, over several it sums up whole.
+
+    What is sent is the same: each turn leaves to the next one only what is its own.
+    """
+    sizes = () if mesh is None else stages(list(mesh.devices[0, :, 0]))
+    if len(sizes) < 2:
+        return [None]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return [np.moveaxis(numbers, side, -1).reshape(-1, size).tolist() for side, size in enumerate(sizes)]
+
+
+def stages(line: Sequence[Any]) -> tuple[int, ...]:
+    """How devices in a row fill a grid of chips, its slowest side first; one number where they lie along one side, or fill none."""
+    places = [device.coords if device.platform == "tpu" else () for device in line]
+    for order in itertools.permutations(range(len(places[0]))):
+        turned = [tuple(place[side] for side in order) for place in places]
+        sizes = tuple(len(set(along)) for along in zip(*turned, strict=True))
+        if turned == sorted(turned) and math.prod(sizes) == len(places):
+            return tuple(size for size in sizes if size > 1)
+    return (len(places),)
+
+
+def unrolled() -> bool:
+    """Whether layers are better no loop: a CPU runs what stands beside a loop at the same time, and mixes up what both send."""
+    mesh = _current.get()
+    return _apart.get() and mesh is not None and mesh.size > 1 and platform() == "cpu"
 
 
 def total(tree: Any) -> Any:

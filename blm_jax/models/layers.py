@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from blm_jax.config import Remat
-from blm_jax.mesh import GATHERED, Axes, divided, param_sharding, whole
+from blm_jax.mesh import GATHERED, Axes, divided, param_sharding, unrolled, whole
 
 INIT_SCALE = 0.02  # the standard deviation Qwen2.5-VL's configuration names
 
@@ -160,13 +160,13 @@ def scan(
     if remat != "none" or (gather and any(_is_divided(leaf) for leaf in _variables(state))):
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     if keep == count:
-        return jax.lax.scan(step, carry, inputs)
+        return jax.lax.scan(step, carry, inputs, unroll=unrolled())
 
     # Fewer blocks: index the stack inside the loop, since a slice of it outside would be a copy of the weights.
     def indexed(carry: Carry, i: jax.Array) -> tuple[Carry, Any]:
         return step(carry, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), inputs))
 
-    return jax.lax.scan(indexed, carry, jnp.arange(keep))
+    return jax.lax.scan(indexed, carry, jnp.arange(keep), unroll=unrolled())
 
 
 def shapes_of(make: Callable[[], nnx.Module], dtype: DTypeLike, mesh: Mesh | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ BIN_BLOCK = np.array((_ACROSS, _ACROSS, 0.0075), np.float32)  # half sizes of al
 BALL_IN_BIN = 0.025  # how high a ball's middle lies in it
 
 FACE = 4e-4  # metres that the ends of an edge may differ in depth, and all of it touches
+WITHIN = 1e-5  # metres: a ball whose middle is nearer than this to a box is as good as inside of it
 
 
 Tree = TypeVar("Tree")
@@ -152,8 +153,10 @@ def touch(first: Solid, second: Solid, moved: jax.Array) -> Touch:
     near_a = rotate(a, jnp.clip(line_a, -first.half, first.half))
     near_b = rotate(b, jnp.clip(-unrotate(b, line), -second.half, second.half))
     nearest = line + near_b - near_a
-    nearest = nearest / jnp.maximum(size(nearest), 1e-6)
+    outside = size(nearest)  # of a middle that is within the other solid there is only rounding, and no direction
+    nearest = nearest / jnp.maximum(outside, 1e-6)
     round_ends = first.rounding + second.rounding
+    has_ends = (round_ends > 0) & (outside > WITHIN)
     ends = dot(jnp.abs(unrotate(a, nearest)), first.half) + dot(jnp.abs(unrotate(b, nearest)), second.half)
 
     edges = cross(a[:, :, None], b[:, None, :]) / length  # [3, 3 of a, 3 of b, ...]
@@ -163,7 +166,7 @@ def touch(first: Solid, second: Solid, moved: jax.Array) -> Touch:
         parts = (of_a, of_b, of_edges.reshape(9, *of_edges.shape[2:]), of_ends[None])
         return jnp.concatenate([jnp.broadcast_to(x, (x.shape[0], *whole)) for x in parts])
 
-    reaches = all_axes(reach_a, reach_b, jnp.where(counts, reach_ab, jnp.inf), jnp.where(round_ends > 0, ends, jnp.inf)) + round_ends
+    reaches = all_axes(reach_a, reach_b, jnp.where(counts, reach_ab, jnp.inf), jnp.where(has_ends, ends, jnp.inf)) + round_ends
     now = all_axes(line_a, unrotate(b, line), on_edges(line_a), dot(nearest, line))
     before = now + all_axes(moved_a, unrotate(b, moved), on_edges(moved_a), dot(nearest, moved))
     axes = [all_axes(a[i], b[i], edges[i], nearest[i]) for i in range(3)]

@@ -229,7 +229,7 @@ def _substep(
     bodies, hand, held = _gripped(setting, state, bodies, touches, before, hand)
     deep = -gap_along(*_pairs(setting, _movers(setting, state, hand), bodies), touches.normal)
     deep = jnp.max(jnp.where(_counts(setting, state, held), deep, -FAR), axis=(0, 1))
-    stays = jnp.maximum(deep, pressed) > DEPTH
+    stays = (jnp.maximum(deep, pressed) > DEPTH) | _wedged(setting, state, bodies, held)
     hand, bodies, held = select(stays, (before, Bodies(state.position, state.rotation), state.held), (hand, bodies, held))
     state = _carried(state, bodies, hand, held)
     return _settled(setting, state, touches, hand), hand, jnp.where(stays, pace * SLOWER, 1.0)
@@ -386,7 +386,9 @@ def _between(setting: Setting, bodies: Bodies, hand: Hand) -> tuple[Bodies, jax.
     room = hand.opening * arm.stroke / 2 - SLACK
     left = off * jnp.clip((room - thick) / jnp.maximum(takes - thick, 1e-6), 0, 1)  # its width grows faster than the angle: this fits
     away = solids.centre - middle[:, None]
-    aside = -dot(away, x[:, None]) * jnp.tan(left) - dot(away, y[:, None])
+    level = dot(hand.turn[:, 1], y)  # pads that lean are further to the side at another height
+    off_middle = dot(away, hand.turn[:, 1][:, None]) / jnp.maximum(level, 1e-3)
+    aside = -dot(away, x[:, None]) * jnp.tan(left) - off_middle
     return Bodies(solids.centre + aside * y[:, None], times(turned(off - left), solids.rotation)), thick, left
 
 
@@ -401,10 +403,31 @@ def _gripped(setting: Setting, state: State, bodies: Bodies, touches: Touch, bef
     """What closing pads touch from both sides and what lies flat between them is held from now on."""
     between, thick, off = _between(setting, bodies, hand)
     holds = _clasped(setting, state, touches, before, hand) & (jnp.abs(off) < FLAT)
-    bodies = Bodies(*select(holds, tuple(between), tuple(bodies)))
+    # As open as it is broad; pads that lean against it touch it with their edges, and stay further open.
+    wide = jnp.maximum(2 * thick, hand.opening * setting.arm.stroke + 2 * jnp.max(_dents(setting, state, between, hand)[PADS], axis=0))
+    opening = jnp.maximum(hand.opening, jnp.max(jnp.where(holds, wide, 0), axis=0) / setting.arm.stroke)
+    fitted = hand._replace(opening=opening)
+    holds = holds & (jnp.max(_dents(setting, state, between, fitted), axis=0) < DEPTH)
     held = jnp.where(state.held >= 0, state.held, jnp.where(holds[0], 0, jnp.where(holds[1], 1, -1)))
-    opening = jnp.max(jnp.where(holds, 2 * thick / setting.arm.stroke, 0), axis=0)
-    return bodies, hand._replace(opening=jnp.maximum(hand.opening, opening)), held
+    return (
+        Bodies(*select(holds, tuple(between), tuple(bodies))),
+        Hand(*select(jnp.any(holds, axis=0), tuple(fitted), tuple(hand))),
+        held,
+    )
+
+
+def _dents(setting: Setting, state: State, bodies: Bodies, hand: Hand) -> jax.Array:
+    """How deep the pads and the palm are in bodies [3, BODIES, ...]."""
+    parts = jax.tree.map(lambda x: x[..., :HELD, None, :], _movers(setting, state, hand))
+    return -face_gap(parts, jax.tree.map(lambda x: x[..., None, :, :], _solids(setting, bodies)))
+
+
+def _wedged(setting: Setting, state: State, bodies: Bodies, held: jax.Array) -> jax.Array:
+    """Whether a ball that is not held has been pushed into the bin's walls, or further into them."""
+    radius, bin_at = _solids(setting, bodies).rounding, setting.bin[:, None]
+    new, old = (-out_of_bin(position, radius, bin_at)[0] for position in (bodies.position, state.position))
+    balls = (setting.kind == BALL) & _free(setting, held) & setting.has_bin
+    return jnp.any(balls & (new > DEPTH) & (new > old), axis=0)
 
 
 def _carried(state: State, bodies: Bodies, hand: Hand, held: jax.Array) -> State:

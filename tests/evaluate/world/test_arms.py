@@ -1,4 +1,4 @@
-"""Kinematics against Pinocchio's numbers (benchmarks/world_kinematics.py made them), and limits against the robots' own file."""
+"""Kinematics against Pinocchio's numbers (benchmarks/_world_kinematics.py made them), and limits against the robots' own file."""
 
 from __future__ import annotations
 

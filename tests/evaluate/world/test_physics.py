@@ -24,6 +24,11 @@ def looking_down(yaw: float = 0.0) -> np.ndarray:
     return np.array([[c, s, 0], [s, -c, 0], [0, 0, -1]])
 
 
+def about_x(angle: float) -> np.ndarray:
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+
+
 def about_y(angle: float) -> np.ndarray:
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
@@ -48,6 +53,7 @@ class Scene(NamedTuple):
     way: list[tuple[float, tuple[float, float, float], float]]
     yaw: float = 0.0
     robot: int = 0
+    roll: float = 0.0  # of the hand: one pad is lower than the other
     bin_at: tuple[float, float, float] | None = None
 
 
@@ -69,6 +75,8 @@ def grasp(at: tuple[float, float, float], off: tuple[float, float, float] = (0, 
 
 PUSHES = [0.0, 0.004, 0.01, -0.01, 0.022, -0.022]
 YAWS = np.linspace(-0.75, 0.75, 12)
+ROLLS = [0.02, 0.05, 0.1, 0.2, -0.1, -0.2]
+INTO_BIN = [0.0, 0.004, -0.01, 0.02]
 MISSES = [(0.039, 0, 0), (-0.039, 0, 0), (0, 0.0853, 0), (0, -0.0853, 0), (0, 0, 0.03), (0.05, 0.05, 0)]
 OVERHANGS = [0.0, 0.01, 0.018, 0.022, 0.03, 0.039]
 TILTS = [0.0, 0.1, 0.19, 0.22, 0.4, 1.2]
@@ -98,6 +106,15 @@ SCENES: dict[str, list[Scene]] = {
     "push": [Scene(one((0, 0, 0.02)), [(0, (-0.05, off, 0.01), SHUT), (20, (0.05, off, 0.01), SHUT)]) for off in PUSHES],
     "grasp": [Scene(one((0, 0, 0.02), turn=about_z(yaw)), grasp((0, 0, 0.02), (0, 0.004, 0)), 0.0) for yaw in YAWS]
     + [Scene(one((0, 0, 0.025), PEG, about_z(yaw / 2)), grasp((0, 0, 0.025), (0, -0.003, 0)), 0.0) for yaw in YAWS],
+    "leaning": [Scene(one((0, 0, 0.02), turn=about_z(yaw)), grasp((0, 0, 0.02), depth=-0.008), roll=r) for r in ROLLS for yaw in (0, 0.1)],
+    "into the bin": [
+        Scene(
+            (Body(BALL, BALL_SIZE, (-0.07, 0, 0.02)), Body()),
+            [(0, (-0.15, off, 0.012), SHUT), (6, (-0.15, off, 0.012), SHUT), (14, (0.05, off, 0.012), SHUT)],
+            bin_at=(0.05, 0, 0),
+        )
+        for off in INTO_BIN
+    ],
     "miss": [Scene(one((0, 0, 0.02)), grasp((0, 0, 0.02), off)) for off in MISSES],
     "stack": [idle(Body(BOX, CUBE, (off, 0, 0.06)), Body(BOX, CUBE, (0, 0, 0.02))) for off in OVERHANGS],
     "tilt": [idle(Body(BOX, PEG, (0, 0, 0.12 * np.cos(t) + 0.025 * np.sin(t)), about_y(-np.pi / 2 + t))) for t in TILTS],
@@ -127,7 +144,7 @@ def _laid_out(scene: Scene) -> tuple[Setting, State, np.ndarray, np.ndarray]:
     when = np.arange(STEPS)
     steps = [point[0] for point in scene.way]
     poses = np.broadcast_to(np.eye(4, dtype=np.float32), (STEPS, 4, 4)).copy()
-    poses[:, :3, :3] = looking_down(scene.yaw)
+    poses[:, :3, :3] = about_x(scene.roll) @ looking_down(scene.yaw)
     poses[:, :3, 3] = np.stack([np.interp(when, steps, [point[1][i] for point in scene.way]) for i in range(3)], -1)
     openings = np.array([[p[2] for p in scene.way if p[0] <= step][-1] for step in when], np.float32)
     return setting, state, poses, openings
@@ -305,6 +322,23 @@ def test_closing_pads_turn_a_body_flat_and_hold_it(flights: dict[str, Flight]) -
     assert flight.states.position[36, :, 0, 2].min() > 0.19
 
 
+def test_pads_that_lean_hold_a_body_by_their_edges(flights: dict[str, Flight]) -> None:
+    flight = flights["leaning"]
+    held = flight.states.held == 0
+    assert np.all(held[24:36])
+    for box in gripper_boxes(flight):
+        assert overlap(box, body_box(flight, 0))[held].max() < 1e-3
+
+
+def test_a_ball_is_not_pushed_through_the_bins_walls(flights: dict[str, Flight]) -> None:
+    flight = flights["into the bin"]
+    at = flight.states.position[:, :, 0]
+    assert np.all(at[-1, :3, 0] > 0)  # it was pushed there, but for one that slipped aside,
+    assert np.all(at[-1, :, 0] < 0.025) and np.abs(at[..., 2] - 0.02).max() < 1e-3  # and is not in there
+    gap, _ = contact.out_of_bin(jnp.moveaxis(jnp.asarray(at), -1, 0), jnp.float32(0.02), jnp.array([0.05, 0, 0])[:, None, None])
+    assert gap.min() > -1e-3
+
+
 def test_a_held_body_keeps_its_pose_in_the_hand(flights: dict[str, Flight]) -> None:
     flight = flights["grasp"]
     tool, at, turn = flight.tools[20:36], flight.states.position[20:36, :, 0], flight.states.rotation[20:36, :, 0]
@@ -395,6 +429,18 @@ def test_touching_agrees_with_the_oracle() -> None:
     found = contact.touch(solids[0], solids[1], jnp.zeros((3, many)))
     np.testing.assert_allclose(-found.gap, overlap(a, b), atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(found.normal, axis=0), 1, atol=1e-4)
+
+
+def test_a_ball_whose_middle_is_in_a_box_comes_out_of_a_face() -> None:
+    rng = np.random.default_rng(1)
+    turns = np.moveaxis(np.linalg.qr(rng.normal(size=(4000, 3, 3)))[0], 0, -1)
+    half, middle = rng.uniform(0.003, 0.06, (3, 4000)), rng.uniform(-0.5, 0.5, (3, 4000))
+    within = middle + np.einsum("ijk,jk->ik", turns, rng.uniform(-1, 1, half.shape) * half)
+    box = contact.Solid(*(jnp.asarray(x, jnp.float32) for x in (middle, turns, half, np.zeros(4000))))
+    ball = contact.Solid(*(jnp.asarray(x, jnp.float32) for x in (within, turns, 0 * half, np.full(4000, 0.02))))
+    found = contact.touch(box, ball, jnp.zeros((3, 4000)))
+    np.testing.assert_allclose(np.linalg.norm(found.normal, axis=0), 1, atol=1e-4)
+    assert found.gap.max() < -0.02 + 1e-5
 
 
 def test_an_episode_does_not_depend_on_its_place_in_the_batch(flights: dict[str, Flight]) -> None:

@@ -34,6 +34,7 @@ from blm_jax.evaluate.world.tasks import TASKS
 
 ROWS, AT_ONCE = 64, 8  # episodes of a batch, and of those that are worked on at a time
 FRAMES = 64  # scenes that are drawn at a time
+MOST_NOISE = 0.2  # radians; with more no expert finds back
 TRIES = 3  # times as many attempts as episodes are asked for, at most
 
 
@@ -53,6 +54,8 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
+        if not 0 <= self.noise <= MOST_NOISE:
+            raise RequestError(f"noise is {self.noise}: it must lie between 0 and {MOST_NOISE} radians")
 
 
 class Attempt(NamedTuple):

@@ -62,6 +62,11 @@ class Request:
             raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
         if self.model in SCRIPTED and (self.blank or self.shuffled or self.steps):
             raise RequestError(f"{self.model} neither sees, reads nor denoises: leave --blank, --shuffled and --steps to a MODEL")
+        if self.shuffled:
+            alone = [task for task in self.tasks if TASKS.index(task) not in (*tasks.MAY_BE_TWO, tasks.STACK)]
+            if alone or not self.other:
+                lack = "give --two as well" if not self.other else f"{', '.join(alone)} has none: leave it out of --tasks"
+                raise RequestError(f"--shuffled names the other cube: {lack}")
 
 
 def world(request: Request) -> dict[str, Any]:
@@ -94,19 +99,21 @@ def _driver(request: Request, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     pilot = Pilot(actor, steps=request.steps, seed=request.seed, blank=request.blank)
     for name in request.robots:
         pilot.robot(name)
-    return pilot, {"model": model, "backbone": files.backbone, "denoising_steps": pilot.steps, "executed": pilot.turn}
+    told = {"denoising_steps": pilot.steps, "executed": pilot.turn, "dtype": request.hardware.compute.dtype}
+    return pilot, {"model": model, "backbone": files.backbone, **told}
 
 
 def _run(request: Request, driver: Any, mesh: Mesh, folder: _Folder) -> list[dict[str, Any]]:
     every = cells.episodes_of(request.robots, request.tasks, request.episodes)
     count, shards = len(every.robot), meshes.batch_shards(mesh)
-    at_once = min(AT_ONCE, -(-count // shards))
-    rows = shards * at_once * max(1, min(ROWS // at_once, count // (shards * at_once)))
-    turn = rollout.make_turn(driver, mesh, at_once)
+    # Always as many at a time: for fewer rows compilers round otherwise, and an episode would be another on a larger mesh.
+    rows = shards * AT_ONCE * max(1, min(ROWS // AT_ONCE, count // (shards * AT_ONCE)))
+    turn = rollout.make_turn(driver, mesh, AT_ONCE)
     done = list(folder.done)
+    begun = int(multihost_utils.broadcast_one_to_all(np.int32(len(done))))  # the others need not see the directory
     quiet = None if jax.process_index() == 0 else True
-    with tqdm(total=count, initial=len(done), unit=" episodes", desc="world", disable=quiet) as bar, meshes.use(mesh):
-        for first in range(len(done), count, rows):
+    with tqdm(total=count, initial=begun, unit=" episodes", desc="world", disable=quiet) as bar, meshes.use(mesh):
+        for first in range(begun, count, rows):
             places = np.minimum(np.arange(first, first + rows), count - 1)  # the last batch repeats its last episode
             real = min(rows, count - first)
             found = list(_batch(request, driver, turn, mesh, every.part(places)))[:real]
@@ -169,7 +176,7 @@ class _Folder:
         self.done: list[dict[str, Any]] = []
         self.leads = jax.process_index() == 0
         if self.path is not None:
-            Team.of_all_processes().together(self._open)
+            Team.of_all_processes().together(self._open if self.leads else lambda: None)
 
     def _open(self) -> None:
         assert self.path is not None
@@ -179,11 +186,15 @@ class _Folder:
             if read_json(self.path / ASKED) != self.identity:
                 raise RequestError(f"{self.path} holds episodes of another request: choose another --out, or remove it")
             lines = (self.path / EPISODES).read_text().split("\n") if (self.path / EPISODES).exists() else []
-            self.done = [json.loads(line) for line in lines[:-1]]  # what follows the last line's end was cut off
+            try:
+                self.done = [json.loads(line) for line in lines[:-1]]  # what follows the last line's end was cut off
+            except ValueError as error:
+                raise RequestError(f"{self.path / EPISODES} holds lines that are no JSON: choose another --out, or remove it") from error
+        elif self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"--out {self.path} is a file: name a directory")
         elif self.path.exists() and any(self.path.iterdir()):
             raise RequestError(f"{self.path} exists and is no evaluation of the world: choose another --out, or remove it")
-        elif self.leads:
-            self.path.mkdir(parents=True, exist_ok=True)
+        else:
             write_whole(self.path / ASKED, json.dumps(self.identity, indent=1).encode() + b"\n")
 
     def add(self, found: list[dict[str, Any]]) -> None:

@@ -101,8 +101,13 @@ def test_it_goes_on(model: str, alone: Path, tmp_path: Path, capsys: pytest.Capt
     result = json.loads((half / "world.json").read_text())
     assert result["all"]["episodes"] == 16 and [cell["episodes"] for cell in result["cells"]] == [4] * 4
     # Another request is not written beside it.
-    assert main(request(model, half, "--steps", "1")) == 2
-    assert "holds episodes of another request" in capsys.readouterr().err
+    for other in (["--steps", "1"], ["--dtype", "bfloat16"]):
+        assert main(request(model, half, *other)) == 2
+        assert "holds episodes of another request" in capsys.readouterr().err
+    # Nor are lines read that are none.
+    (half / "episodes.jsonl").write_text("{\n" + "".join(lines))
+    assert main(request(model, half)) == 2
+    assert "holds lines that are no JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,8 @@ def test_it_goes_on(model: str, alone: Path, tmp_path: Path, capsys: pytest.Capt
         (["expert", "--tasks", "PickCube,PickCube"], "names a task twice"),
         (["expert", "--blank"], "expert neither sees, reads nor denoises"),
         (["nowhere"], "nowhere"),
+        (["MODEL", "--shuffled"], "--shuffled names the other cube: give --two as well"),
+        (["MODEL", "--shuffled", "--two", "--tasks", "PickCube,PlaceSphere"], "PlaceSphere has none: leave it out of --tasks"),
         (["MODEL", "--robots", "widowxai"], "does not drive world_widowxai"),
     ],
 )

@@ -2,7 +2,7 @@
 
 Wants an environment with NumPy and `pin` (`pip install pin`), and the robots' descriptions as ManiSkill 3 has them:
 
-    python benchmarks/world_kinematics.py --panda panda_v2.urdf --xarm6 xarm6_robotiq.urdf --xarm7 xarm7.urdf \\
+    python benchmarks/_world_kinematics.py --panda panda_v2.urdf --xarm6 xarm6_robotiq.urdf --xarm7 xarm7.urdf \\
         --widowxai wxai_base.urdf --out tests/golden/world_kinematics.npz
 """
 
