@@ -49,7 +49,7 @@ def starts(module: str, packages: tuple[str, ...]) -> bool:
 
 COMMAND_LINE = ("blm_jax.cli", "blm_jax.commands", "blm_jax.flags")
 WORLD = "blm_jax.evaluate.world"
-SIMULATOR = ("scene", "arms", "ik", "contact", "physics", "tasks", "experts", "render", "view")  # of the embedded world
+SIMULATOR = ("scene", "arms", "ik", "contact", "falling", "physics", "tasks", "experts", "render", "view")  # of the embedded world
 ROOMS = tuple(f"blm_jax.{room}" for room in ("models", "data", "weights", "infer", "convert", "train", "plan"))
 HOUSE = (
     # what, must not import

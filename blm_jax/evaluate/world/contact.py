@@ -28,6 +28,10 @@ BIN_BLOCK = np.array((_ACROSS, _ACROSS, 0.0075), np.float32)  # half sizes of al
 BALL_IN_BIN = 0.025  # how high a ball's middle lies in it
 
 FACE = 4e-4  # metres that the ends of an edge may differ in depth, and all of it touches
+STEEP = 0.7  # of a contact's normal: what is steeper does not push a body aside but stops the hand
+SLACK = 1e-5  # metres left between what was pushed and what pushed it
+DEPTH = 5e-4  # metres: a hand that would go deeper stays where it is
+NEAR = 2e-4  # metres: a pad this near touches
 WITHIN = 1e-5  # metres: a ball whose middle is nearer than this to a box is as good as inside of it
 
 

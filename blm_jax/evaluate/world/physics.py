@@ -31,7 +31,11 @@ import jax.numpy as jnp
 
 from blm_jax.evaluate.world.contact import (
     BIN_BLOCK,
+    DEPTH,
     FACE,
+    NEAR,
+    SLACK,
+    STEEP,
     Solid,
     Touch,
     best,
@@ -43,7 +47,6 @@ from blm_jax.evaluate.world.contact import (
     friction_arm,
     gap_along,
     give_way,
-    leaned,
     left_of,
     out_of_bin,
     reach,
@@ -55,23 +58,15 @@ from blm_jax.evaluate.world.contact import (
     turned,
     unrotate,
 )
-from blm_jax.evaluate.world.scene import BALL, BODIES, HZ, NOTHING, Arm, Setting, State
+from blm_jax.evaluate.world.falling import fallen
+from blm_jax.evaluate.world.scene import BALL, BODIES, DT, HZ, NOTHING, SUBSTEPS, Arm, Setting, State
 
-SUBSTEPS = 5
-DT = 1 / HZ / SUBSTEPS
-GRAVITY = 9.81
 FRICTION = 0.8  # of pads and bodies
 CONE = (1 + FRICTION**2) ** -0.5  # the cosine of its half angle
-STEEP = 0.7  # of a contact's normal: what is steeper does not push a body aside but stops the hand
-SLACK = 1e-5  # metres left between what was pushed and what pushed it
-DEPTH = 5e-4  # metres: a hand that would go deeper stays where it is
 LOOKS = 3  # at what touches what, in a substep, with corrections after each but the last
 SLOWER = 0.25  # the pace of a hand that could not go on, in the next substep
-NEAR = 2e-4  # metres: a pad this near touches
 FLAT = 0.02  # radians off, and a body lies flat between the pads
 LET_GO = 0.02  # openings more than while it was held let a body go
-SLIDE = 0.3  # metres a second: how fast a box that overhangs slides off
-TIP = 4.0  # radians a second: how fast a body tips over
 FAR = 50.0  # metres away is what is not there
 
 PADS, PALM, HELD, OTHER = slice(0, 2), 2, 3, 4  # what touches bodies: the gripper, the body that it holds, and the other body
@@ -94,7 +89,10 @@ class Hand(NamedTuple):
 
 @jax.custom_batching.custom_vmap
 def step(setting: Setting, state: State, action: jax.Array) -> State:
-    """What an action [JOINTS + 1] makes of a state: where the joints shall be, then the gripper's opening from 0 to 1."""
+    """What an action [JOINTS + 1] makes of a state: where the joints shall be, then the gripper's opening from 0 to 1.
+
+    Numbers beyond their limits mean these; what is no number means to stay.
+    """
     one = jax.tree.map(lambda x: jnp.asarray(x)[..., None], (setting, state, action))
     return jax.tree.map(lambda x: x[..., 0], _step(*one))
 
@@ -117,6 +115,7 @@ def _step(setting: Setting, state: State, action: jax.Array) -> State:
     arm = setting.arm
     setting = setting._replace(half=jnp.swapaxes(setting.half, 0, 1))
     start = _body_first(state)
+    action = jnp.where(jnp.isnan(action), jnp.concatenate([start.joints, start.opening[None]]), action)
     target = jnp.clip(action[:-1], arm.lower, arm.upper)
     wish = jnp.clip(action[-1], 0, 1)
     at, rotation, _, _ = reached(arm, setting.base, start.joints)
@@ -456,7 +455,7 @@ def _carried(state: State, bodies: Bodies, hand: Hand, held: jax.Array) -> State
 def _settled(setting: Setting, state: State, touches: Touch, hand: Hand) -> State:
     """What is not held falls onto what is below it, tips onto a face, slides off what it overhangs."""
     solids = _solids(setting, state)
-    position, rotation, falling = _fallen(setting, solids, state.falling)
+    position, rotation, falling = fallen(setting, solids, _bin(setting), state.falling)
     movers = _movers(setting, state, hand)
     firsts, seconds = _pairs(setting, movers, state)
     new = _pairs(setting, movers, Bodies(position, rotation))[1]
@@ -469,56 +468,3 @@ def _settled(setting: Setting, state: State, touches: Touch, hand: Hand) -> Stat
         rotation=jnp.where(goes, rotation, state.rotation),
         falling=jnp.where(goes, falling, 0.0),
     )
-
-
-def _fallen(setting: Setting, body: Solid, falling: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The bodies a substep later, if no hand were there: their places, rotations, and speeds downward."""
-    ball = setting.kind == BALL
-    up = jnp.broadcast_to(jnp.array([0.0, 0, 1]).reshape(3, 1, 1), body.centre.shape)
-    high = reach(body, up)
-    block = jax.tree.map(lambda x: jnp.broadcast_to(jnp.expand_dims(x, -2), (*x.shape[:-1], BODIES, x.shape[-1])), _bin(setting))
-    below = jax.tree.map(lambda a, b: jnp.stack([jnp.flip(a, -2), b], axis=-3), body, block)  # [2 supports, BODIES, ...]
-    tops = below.centre[2] + reach(below, up[:, None])
-    lifted = body.centre[:, None] + up[:, None] * (tops + high - NEAR - body.centre[2])
-    bodies = jax.tree.map(lambda x: jnp.broadcast_to(jnp.expand_dims(x, -3), (*x.shape[:-2], 2, *x.shape[-2:])), body)
-    overlaps = face_gap(bodies._replace(centre=lifted), below) < -SLACK
-    carries = overlaps & (body.centre[2] - high > tops - 2 * DEPTH)
-    carries = jnp.stack([carries[0], carries[1] & ~ball])
-    floor = jnp.maximum(jnp.max(jnp.where(carries, tops, 0.0), axis=0), 0.0)
-    rest = floor + high
-
-    speed = falling + GRAVITY * DT
-    z = jnp.maximum(body.centre[2] - speed * DT, rest)
-    speed = jnp.where(z <= rest, 0.0, speed)
-    lies = body.centre[2] <= rest + NEAR
-
-    # Its middle beyond the edge of what carries it: it slides off.
-    away = body.centre[:, None] - below.centre
-    away = jnp.stack([away[0], away[1], 0 * away[2]])
-    inside = (jnp.abs(unrotate(below.rotation, away)) <= below.half) | (jnp.abs(below.rotation[2]) > STEEP)
-    slips = carries & (tops >= floor) & ~jnp.all(inside, axis=0) & lies
-    out = jnp.sum(jnp.where(slips, away, 0), axis=1)
-    out = out / jnp.maximum(size(out), 1e-6)
-    centre = jnp.stack([body.centre[0], body.centre[1], z]) + out * SLIDE * DT
-
-    # It tips towards the face that is below its middle, about its lowest corner or edge.
-    cosines = body.rotation[2]
-    _, face = best(jnp.abs(cosines) / jnp.maximum(body.half, 1e-6), tuple(body.rotation[i] * jnp.sign(cosines) for i in range(3)))
-    level = jnp.sqrt(face[0] ** 2 + face[1] ** 2)
-    angle = jnp.arctan2(level, face[2])
-    tips = lies & ~ball & (angle > 1e-5)
-    by = jnp.where(tips, jnp.minimum(angle, TIP * DT), 0.0)
-    lean = leaned(face[1] / jnp.maximum(level, 1e-9), -face[0] / jnp.maximum(level, 1e-9), by)
-    rotation = times(lean, body.rotation)
-    pivot = foremost(body, -up) - body.centre
-    tipped = centre + pivot - rotate(lean, pivot)
-    tipped = tipped.at[2].set(floor + reach(body._replace(rotation=rotation), up))
-    centre = jnp.where(tips, tipped, centre)
-
-    # A ball finds its way on the bin's walls.
-    gap, way = out_of_bin(centre, body.rounding, setting.bin[:, None])
-    hits = ball & setting.has_bin & (gap < 0)
-    rolled = centre - way * gap
-    rolled = rolled.at[2].set(jnp.maximum(rolled[2], body.rounding))
-    speed = jnp.where(hits, jnp.maximum((body.centre[2] - rolled[2]) / DT, 0.0), speed)
-    return jnp.where(hits, rolled, centre), rotation, jnp.where(speed < 2e-3, 0.0, speed)

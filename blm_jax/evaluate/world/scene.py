@@ -13,6 +13,8 @@ import jax
 JOINTS = 7  # an arm of fewer has fixed ones at its end
 BODIES = 2  # that move, at most
 HZ = 20.0  # of control
+SUBSTEPS = 5  # of physics, in each of its steps
+DT = 1 / HZ / SUBSTEPS
 
 NOTHING, BOX, BALL = 0, 1, 2  # kinds of a body
 

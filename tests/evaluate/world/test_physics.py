@@ -11,7 +11,7 @@ import pytest
 
 from blm_jax.evaluate.world import arms, contact, physics, tasks
 from blm_jax.evaluate.world.ik import reach
-from blm_jax.evaluate.world.scene import BALL, BOX, HZ, NOTHING, Setting, State
+from blm_jax.evaluate.world.scene import BALL, BOX, HZ, JOINTS, NOTHING, Setting, State
 
 STEPS = 48
 CUBE, PEG, BALL_SIZE = (0.02, 0.02, 0.02), (0.12, 0.025, 0.025), (0.02, 0.02, 0.02)
@@ -456,6 +456,18 @@ def test_one_episode_and_batches_of_batches_have_the_same_shapes() -> None:
     many = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, 3, *x.shape)), (setting, state, action))
     after = jax.eval_shape(jax.vmap(jax.vmap(physics.step)), *many)
     assert jax.tree.map(lambda x: (x.shape[2:], x.dtype), after) == shapes
+
+
+def test_what_is_no_number_means_to_stay_and_what_is_too_much_the_limit() -> None:
+    setting, state = tasks.reset(jax.random.key(0), 0, tasks.PICK)
+    actions = np.full((3, JOINTS + 1), np.nan, np.float32)
+    actions[1], actions[2] = np.inf, -np.inf
+    after = jax.jit(jax.vmap(physics.step, (None, None, 0)))(setting, state, actions)
+    np.testing.assert_array_equal(after.joints[0], state.joints)
+    assert after.opening[0] == state.opening
+    for row, sign in ((1, 1), (2, -1)):
+        np.testing.assert_allclose((after.joints[row] - state.joints), sign * setting.arm.speed / HZ, atol=1e-5)
+    np.testing.assert_array_equal(after.position, np.broadcast_to(state.position, after.position.shape))
 
 
 def test_the_friction_arm_is_a_mean_distance() -> None:

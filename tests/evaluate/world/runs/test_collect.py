@@ -1,12 +1,77 @@
-"""`blm data collect world`: requests that are refused in a line, and leave nothing behind."""
+"""`blm data collect world`: sets that training reads, whose actions do again what was done; and requests that are refused in a line."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from blm_jax.cli import main
+from blm_jax.data.demos.robots import load_robots
+from blm_jax.data.demos.sets import open_set, read_episode, read_pictures
+from blm_jax.evaluate.world import physics, tasks, view
+from blm_jax.evaluate.world.arms import ROBOTS
+from blm_jax.evaluate.world.runs import cells
+
+SEED, EPISODES = 4, 3
+ROBOT, TASK = "xarm6", "PushCube"
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without noise, so that what was recorded is what was done."""
+    out = tmp_path_factory.mktemp("collected") / "sets"
+    flags = ["--robots", ROBOT, "--tasks", TASK, "--episodes", str(EPISODES), "--seed", str(SEED), "--noise", "0"]
+    assert main(["data", "collect", "world", str(out), *flags]) == 0
+    return out
+
+
+def test_what_was_recorded_is_done_again(collected: Path) -> None:
+    robot = load_robots()[f"world_{ROBOT}"]
+    source = open_set(str(collected / robot.name))
+    assert source.count == EPISODES == json.loads((collected / "collected.json").read_text())["yield"][0]["episodes"]
+    beginnings = cells.episodes_of((ROBOT,), (TASK,), 8)
+    settings, states = cells.begin(np.uint32(SEED), *beginnings, kind=cells.DEMONSTRATION, other=False)
+    step = jax.jit(lambda setting, state, action: (physics.step(setting, state, action), tasks.succeeded(setting, state)))
+    for number in range(EPISODES):
+        episode = read_episode(source, robot, number)
+        # The beginnings of attempts, in order: those that failed are left out.
+        fits = np.flatnonzero(np.abs(np.asarray(states.joints)[:, :6] - episode.state[0, :6]).max(axis=1) < 1e-6)
+        assert len(fits) == 1
+        setting, state = (jax.tree.map(lambda x, row=int(fits[0]): x[row], tree) for tree in (settings, states))
+        shown = np.asarray(view.pictures(jax.tree.map(lambda x: x[None], view.shapes(setting, state))))[0]
+        for camera, picture in zip(view.CAMERAS, shown, strict=True):
+            np.testing.assert_array_equal(read_pictures(source, robot, number, camera, [0])[0], picture)
+        held = 0
+        for row, action in zip(episode.state, episode.action, strict=False):
+            np.testing.assert_allclose(np.append(state.joints[:6], state.opening), row, atol=1e-4)
+            state, good = step(setting, state, np.concatenate([action[:6], [0], action[6:]]).astype(np.float32))
+            held = held + 1 if good else 0
+        assert held >= 9 and bool(tasks.succeeded(setting, state))  # it ends half a second after it had succeeded
+        assert len(episode.action) < tasks.LIMITS[tasks.TASKS.index(TASK)]
+
+
+def test_noise_is_done_and_not_recorded(collected: Path, tmp_path: Path) -> None:
+    flags = ["--robots", ROBOT, "--tasks", TASK, "--episodes", "1", "--seed", str(SEED), "--noise", "0.01"]
+    assert main(["data", "collect", "world", str(tmp_path / "sets"), *flags]) == 0
+    robot = load_robots()[f"world_{ROBOT}"]
+    quiet, noisy = (read_episode(open_set(str(path / robot.name)), robot, 0) for path in (collected, tmp_path / "sets"))
+
+    def missed(episode: Any) -> float:
+        """How far joints are, a step later, from where the recorded action wanted them."""
+        return float(np.median(np.abs(episode.state[1:-1, :6] - episode.action[: len(episode.state) - 2, :6]).max(axis=1)))
+
+    assert missed(quiet) < 1e-3 < missed(noisy)
+
+
+def test_demonstrations_are_no_evaluations() -> None:
+    episodes = cells.episodes_of(ROBOTS, tasks.TASKS, 1)
+    one, other = (cells.begin(np.uint32(0), *episodes, kind=kind, other=False)[1] for kind in (cells.DEMONSTRATION, cells.EVALUATION))
+    assert (np.abs(np.asarray(one.position[:, 0] - other.position[:, 0])).max(axis=-1) > 1e-6).all()
 
 
 @pytest.mark.parametrize(
