@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _harness import Result, hardware, save
+from _harness import Result, hardware, run_as_script, save
 
 from blm_jax.evaluate.world import experts, physics, tasks
 from blm_jax.evaluate.world.arms import ROBOTS
@@ -71,22 +71,25 @@ def measure(episodes: int, steps: int, noise: float, other: bool, seed: int) -> 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> Result:
+    parser = argparse.ArgumentParser(
+        prog="blm bench world_experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--episodes", type=int, default=200, help="of a cell (default: 200)")
     parser.add_argument("--steps", type=int, default=90, help="of an episode (default: 90)")
     parser.add_argument("--noise", type=float, default=0.0, help="radians by which joints stray (default: 0)")
     parser.add_argument("--other", action="store_true", help="with a second cube beside the first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="write the result to results/")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     result = measure(options.episodes, options.steps, options.noise, options.other, options.seed)
     for name, cell in result["cells"].items():
         print(f"{name:24} {cell['success']:7.1%} {cell['steps']:6.1f} steps")
     print(f"{result['success']:.2%} in all; compiled in {result['compile_seconds']} s, {result['steps_a_second']} steps/s")
     if options.save:
         save("world_experts", result)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("world_experts", main)

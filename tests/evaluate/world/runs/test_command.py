@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.evaluate.world.runs.driven import write_driver
 
 CELLS = ["--robots", "panda,xarm6", "--tasks", "PickCube,PushCube", "--episodes", "4", "--seed", "3"]
-STEPS = 24  # of an episode, in these tests
+STEPS = 16  # of an episode, in these tests
 PROGRAM = f"from blm_jax.evaluate.world import tasks; tasks.LIMITS = ({STEPS},) * 6; from blm_jax.cli import entry; entry()"
 
 
