@@ -91,9 +91,8 @@ def measures(row: Row, of: Any, program: dict[str, Any]) -> dict[str, Any]:
             found["sent_over_least_tensor"] = _bounded(sent / activations(row, of, program), 1.15)
         found["faults"] = len(program["faults"])
         found |= between_slices(program)
-    # Two cores that do nothing else take no longer than all threads together; by the clock it is what this machine had left.
-    found["compile_cpu_seconds"] = _bounded(program["compile_cpu_seconds"], 300)
-    found["compile_seconds"] = program["compile_seconds"]
+    found["compile_seconds"] = _bounded(program["compile_seconds"], 300)
+    found["compile_cpu_seconds"] = program["compile_cpu_seconds"]
     return found
 
 

@@ -210,7 +210,7 @@ def _cells(args: argparse.Namespace) -> dict[str, Any]:
     from blm_jax.evaluate.world.tasks import TASKS
 
     robots, tasks = chosen(args.robots, ROBOTS, "robot"), chosen(args.tasks, TASKS, "task")
-    return {"robots": robots, "tasks": tasks, "episodes": args.episodes, "other": args.two}
+    return {"robots": robots, "tasks": tasks, "episodes": args.episodes, "two": args.two}
 
 
 def data_features(args: argparse.Namespace, process: int) -> Result:
@@ -276,7 +276,7 @@ def eval_world(args: argparse.Namespace, process: int) -> Result:
         model=args.model,
         seed=args.seed,
         steps=args.steps,
-        blank=args.blank,
+        blind=args.blind,
         shuffled=args.shuffled,
         out=args.out,
         backbone=args.backbone,

@@ -267,7 +267,7 @@ def _add_eval_openloop(parser: argparse.ArgumentParser) -> None:
 def _add_eval_world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="as above; or expert, random or still, which need no weights")
     _add_cells(parser)
-    parser.add_argument("--blank", action="store_true", help="show black pictures: what a policy does without looking")
+    parser.add_argument("--blind", action="store_true", help="show black pictures: what a policy does without looking")
     parser.add_argument("--shuffled", action="store_true", help="with --two, name the other cube: what a policy does that does not read")
     _add_denoising(parser)
     parser.add_argument("--out", metavar="DIR", help="world.json, world.md and episodes.jsonl are written here; a run cut off goes on")

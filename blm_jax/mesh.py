@@ -287,7 +287,7 @@ def stages(line: Sequence[Any]) -> tuple[int, ...]:
 def unrolled() -> bool:
     """Whether layers are better no loop: a CPU runs what stands beside a loop at the same time, and mixes up what both send."""
     mesh = _current.get()
-    return _apart.get() and mesh is not None and mesh.size > 1 and platform() == "cpu"
+    return _apart.get() and mesh is not None and mesh.size > mesh.shape["data"] and platform() == "cpu"
 
 
 def total(tree: Any) -> Any:

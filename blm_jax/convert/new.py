@@ -13,12 +13,11 @@ from flax import nnx
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.convert.output import Output
 from blm_jax.convert.team import Team
+from blm_jax.data.files import open_path
 from blm_jax.models.mllm import Mllm
 from blm_jax.weights.config_json import to_json
 from blm_jax.weights.names import hub_tensors, leaves, table
 from blm_jax.weights.safetensors_file import plan_files
-
-SIZE = 2**30  # bytes that the directory is expected to need, at most
 
 
 def write_new_model(path: epath.PathLike, config: BackboneConfig, assets: Mapping[str, bytes], seed: int) -> None:
@@ -26,8 +25,9 @@ def write_new_model(path: epath.PathLike, config: BackboneConfig, assets: Mappin
     model = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Mllm(config, ComputeConfig(), rngs=nnx.Rngs(seed)), nnx.Param)))()
     drawn = {place: np.asarray(leaf) for place, leaf in leaves(model)}
     tensors = {tensor.name: tensor for tensor in hub_tensors(table(config))}
-    [planned] = plan_files({name: (np.dtype(np.float32), tensor.entry.hub_shape) for name, tensor in tensors.items()}, SIZE)
-    with Output(epath.Path(path), SIZE, Team()) as output:
+    size = sum(leaf.nbytes for leaf in drawn.values())
+    [planned] = plan_files({name: (np.dtype(np.float32), tensor.entry.hub_shape) for name, tensor in tensors.items()}, size)
+    with Output(open_path(path), size + sum(map(len, assets.values())), Team()) as output:
         with (output.directory / "model.safetensors").open("wb") as file:
             file.write(planned.header())
             for name in planned.tensors:

@@ -81,7 +81,7 @@ def shape_of(robots: Sequence[Robot], engine: PromptEngine, instruction: Instruc
     """What pictures of the robots' sizes, the chat template and an instruction of `room` tokens need."""
     lengths, rows = [], []
     for robot in robots:
-        example = encode(_blank(robot), robot, engine, instruction)
+        example = encode(blank(robot), robot, engine, instruction)
         vision = engine.config.vision
         cuts = [cut_frame(picture.grid.rows, picture.grid.columns, vision) for picture in example.pictures]
         lengths.append(-(-(len(example.tokens) + room) // ROUND) * ROUND)
@@ -89,9 +89,10 @@ def shape_of(robots: Sequence[Robot], engine: PromptEngine, instruction: Instruc
     return Shape(max(lengths), max(rows))
 
 
-def _blank(robot: Robot) -> Observation:
+def blank(robot: Robot, instruction: str = "Go") -> Observation:
+    """Of nothing, for what depends on sizes and words alone."""
     images = {camera.name: np.zeros((camera.height, camera.width, 3), np.uint8) for camera in robot.cameras}
-    return Observation(np.zeros(len(robot.state), np.float32), images, "Go")
+    return Observation(np.zeros(len(robot.state), np.float32), images, instruction)
 
 
 class Prompter:

@@ -35,6 +35,7 @@ class Arm(NamedTuple):
     pad: jax.Array  # [3] half sizes of a pad along the tool's axes; its tip lies at z = 0 of the tool
     palm: jax.Array  # [3] half sizes of what the pads are fixed to
     girth: jax.Array  # [JOINTS] radii of the links, for pictures
+    colour: jax.Array  # [3] of the links, 0 to 1
 
 
 class Setting(NamedTuple):

@@ -26,7 +26,6 @@ CAMERAS = {
     "side": Camera(np.array([0, -0.76, 1.11], np.float32), np.array([-0.005, -0.035, 0.076], np.float32), UP, FIELD),
 }
 
-ROBOT_COLOURS = np.array([(0.93, 0.93, 0.90), (0.62, 0.76, 0.90), (0.28, 0.37, 0.52), (0.15, 0.15, 0.17)], np.float32)  # of arms.ROBOTS
 HAND_COLOUR = (0.25, 0.25, 0.28)
 PAD_COLOUR = (0.1, 0.1, 0.12)
 BIN_COLOUR = (0.45, 0.33, 0.22)
@@ -56,7 +55,6 @@ def arm_shapes(arm: Arm, base: jax.Array, joints: jax.Array, opening: jax.Array)
     """Three boxes, a rod from joint to joint and one to the hand, and a foot."""
     frames, tool = arms.forward(arm, base, joints)
     turned = tool[:3, :3]
-    colour = jnp.asarray(ROBOT_COLOURS)[_robot_of(arm)]
     pad_y = opening * arm.stroke / 2 + arm.pad[1]
     behind = -2 * arm.pad[2] - arm.palm[2]
     in_hand = jnp.stack([jnp.stack([0 * pad_y, y, z]) for y, z in ((0 * pad_y, behind), (-pad_y, -arm.pad[2]), (pad_y, -arm.pad[2]))])
@@ -71,11 +69,11 @@ def arm_shapes(arm: Arm, base: jax.Array, joints: jax.Array, opening: jax.Array)
         rod_start=places[:-1],
         rod_end=places[1:],
         rod_radius=jnp.concatenate([arm.girth, arm.girth[-1:]]),
-        rod_colour=jnp.broadcast_to(colour, (JOINTS + 1, 3)),
+        rod_colour=jnp.broadcast_to(arm.colour, (JOINTS + 1, 3)),
         drum_centre=(base + jnp.array([0, 0, foot_high]))[None],
         drum_radius=foot_wide * arm.girth[:1],
         drum_half=jnp.full(1, foot_high),
-        drum_colour=colour[None],
+        drum_colour=arm.colour[None],
     )
 
 
@@ -111,11 +109,6 @@ def place_shapes(setting: Setting) -> Shapes:
         drum_half=jnp.full(2, TARGET_HALF),
         drum_colour=jnp.asarray([TARGET_COLOUR, GOAL_COLOUR]),
     )
-
-
-def _robot_of(arm: Arm) -> jax.Array:
-    """The row of the robots' table: the one whose links lie where this arm's do."""
-    return jnp.argmin(jnp.sum(jnp.abs(jnp.asarray(arms.TABLE["links"]) - arm.links), axis=(1, 2, 3)))
 
 
 def _only(**given: jax.Array) -> Shapes:

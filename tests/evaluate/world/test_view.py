@@ -101,7 +101,7 @@ def test_links_join_and_robots_have_colours_of_their_own() -> None:
     np.testing.assert_allclose(made.rod_start[:, 0], setting.base, atol=1e-6)
     np.testing.assert_allclose(made.rod_end[:, -1], made.box_centre[:, 0], atol=1e-6)
     robots = np.arange(len(arms.ROBOTS)).repeat(len(tasks.TASKS) * EACH)
-    np.testing.assert_allclose(made.rod_colour[:, 0], view.ROBOT_COLOURS[robots])
+    np.testing.assert_allclose(made.rod_colour[:, 0], arms.TABLE["colour"][robots])
 
 
 def test_the_bin_and_goals_are_shown_where_there_are_some() -> None:

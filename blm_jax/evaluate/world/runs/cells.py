@@ -18,6 +18,8 @@ from blm_jax.evaluate.world.scene import Setting, State
 from blm_jax.evaluate.world.tasks import TASKS
 
 EVALUATION, DEMONSTRATION = 1, 2  # episodes of one are never those of the other
+PREFIX = "world_"  # of these robots' names in the registry
+MOST = 2**13  # episodes of a cell whose serials differ
 
 
 class Episodes(NamedTuple):
@@ -29,6 +31,11 @@ class Episodes(NamedTuple):
 
     def part(self, rows: Sequence[int] | np.ndarray) -> Episodes:
         return Episodes(*(values[rows] for values in self))
+
+    @property
+    def serial(self) -> np.ndarray:
+        """[rows] int32, another one for each episode of all cells."""
+        return (self.robot * len(TASKS) + self.task) * MOST + self.number % MOST
 
 
 def chosen(given: str | None, known: Sequence[str], what: str) -> tuple[str, ...]:
@@ -49,15 +56,15 @@ def episodes_of(robots: Sequence[str], wanted: Sequence[str], count: int, first:
     return Episodes(robot, task, np.tile(np.arange(first, first + count, dtype=np.int32), len(cells)))
 
 
-@partial(jax.jit, static_argnames=("kind", "other"))
-def begin(seed: jax.Array | int, robot: jax.Array, task: jax.Array, number: jax.Array, *, kind: int, other: bool) -> tuple[Setting, State]:
-    """Of many episodes. With `other`, there are two cubes wherever there would be one, and the instruction alone says which is meant."""
+@partial(jax.jit, static_argnames=("kind", "two"))
+def begin(seed: jax.Array | int, robot: jax.Array, task: jax.Array, number: jax.Array, *, kind: int, two: bool) -> tuple[Setting, State]:
+    """Of many episodes. With `two`, there are two cubes wherever there would be one, and the instruction alone says which is meant."""
 
     def one(robot: jax.Array, task: jax.Array, number: jax.Array) -> tuple[Setting, State]:
         key = jax.random.key(seed)
         for part in (jnp.int32(kind), robot, task, number):
             key = jax.random.fold_in(key, part)
-        return tasks.reset(key, robot, task, other)
+        return tasks.reset(key, robot, task, two)
 
     return jax.vmap(one)(robot, task, number)
 

@@ -6,8 +6,6 @@ Only what succeeded is kept, up to half a second after it had; what failed is tr
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -19,6 +17,8 @@ from tqdm import tqdm
 
 from blm_jax import mesh as meshes
 from blm_jax.config import MeshConfig
+from blm_jax.convert.output import Output
+from blm_jax.convert.team import Team
 from blm_jax.data.demos.episodes import Recording
 from blm_jax.data.demos.recorder import Form, Recorder
 from blm_jax.data.demos.robots import Robot, load_robots
@@ -27,13 +27,13 @@ from blm_jax.errors import RequestError, RunError
 from blm_jax.evaluate.world import tasks, view
 from blm_jax.evaluate.world.arms import ROBOTS
 from blm_jax.evaluate.world.runs import cells, rollout
-from blm_jax.evaluate.world.runs.cells import Episodes
-from blm_jax.evaluate.world.runs.pilot import PREFIX
+from blm_jax.evaluate.world.runs.cells import MOST, PREFIX, Episodes
 from blm_jax.evaluate.world.scene import JOINTS, Setting, State
 from blm_jax.evaluate.world.tasks import TASKS
 
 ROWS, AT_ONCE = 64, 8  # episodes of a batch, and of those that are worked on at a time
 FRAMES = 64  # scenes that are drawn at a time
+EPISODE_BYTES = 500_000  # about as large as one becomes on disk
 MOST_NOISE = 0.2  # radians; with more no expert finds back
 TRIES = 3  # times as many attempts as episodes are asked for, at most
 
@@ -48,7 +48,7 @@ class Request:
     episodes: int = 50  # of each cell
     seed: int = 0
     noise: float = 0.005  # radians of each joint, of what is executed and not recorded
-    other: bool = False  # a second cube wherever there would be one
+    two: bool = False  # cubes, wherever there would be one
     form: Form = "rlds"
 
     def __post_init__(self) -> None:
@@ -68,26 +68,22 @@ class Attempt(NamedTuple):
 
 
 def collect(request: Request) -> dict[str, Any]:
-    target = open_path(request.out)
     if "://" in request.out:
         raise RequestError(f"{request.out} lies in a bucket: collect to a disk, and copy the sets when they are whole")
-    if target.exists():
-        raise RequestError(f"{request.out} exists; choose another directory or remove it")
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    if jax.process_count() > 1:
+        raise RequestError("demonstrations are collected by one process: leave out --processes")
     robots = load_robots()
     told: dict[str, Any] = {**asdict(request), "sets": {}, "yield": []}
-    runner = _Runner(request)
-    try:
+    size = EPISODE_BYTES * request.episodes * len(request.robots) * len(request.tasks)
+    with Output(open_path(request.out), size, Team()) as output:
+        runner = _Runner(request)
         for name in request.robots:
             robot = robots[PREFIX + name]
-            with Recorder(partial / robot.name, robot, request.form) as recorder:
+            with Recorder(output.directory / robot.name, robot, request.form) as recorder:
                 for task in request.tasks:
                     told["yield"].append(_collect_cell(request, runner, robot, name, task, recorder))
             told["sets"][robot.name] = f"{request.out}/{robot.name}"
-        write_whole(partial / "collected.json", json.dumps(told, indent=1).encode() + b"\n")
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_whole(output.directory / "collected.json", json.dumps(told, indent=1).encode() + b"\n")
     return told
 
 
@@ -122,11 +118,12 @@ class _Runner:
         """Of numbers from `first` on; None if one has failed."""
         episodes = cells.episodes_of((name,), (task,), self.rows, first)
         seed, limit = self.request.seed, tasks.LIMITS[TASKS.index(task)]
-        settings, states = cells.begin(np.uint32(seed), *episodes, kind=cells.DEMONSTRATION, other=self.request.other)
+        settings, states = cells.begin(np.uint32(seed), *episodes, kind=cells.DEMONSTRATION, two=self.request.two)
         settings = jax.device_get(settings)
         texts = cells.instructions(settings, episodes.number)
-        progress = jax.jit(rollout.started, static_argnums=0)(self.driver, settings, states)
-        traces = self._run(settings, progress, _seeds(seed, episodes), np.full(self.rows, limit, np.int32))
+        seeds = _seeds(seed, episodes)
+        progress = rollout.started(self.driver, seeds, settings, states)
+        traces = self._run(settings, progress, seeds, np.full(self.rows, limit, np.int32))
         for row in range(self.rows):
             ends = np.flatnonzero(traces.held[row] == rollout.HELD)
             if not len(ends) or traces.held[row, -1] < rollout.HELD:
@@ -143,7 +140,7 @@ class _Runner:
         with meshes.use(self.mesh):
             rows, settings, limits, at = (rollout.put(part, self.mesh, own, self.rows) for part in (seeds, settings, limits, progress))
             for number in range(-(-int(np.max(limits)) // self.driver.turn)):
-                at, trace = self.turn(None, rows, settings, limits, at, np.int32(number))
+                at, trace = self.turn(self.driver.values, rows, settings, limits, at, np.int32(number))
                 parts.append(jax.device_get(trace))
                 if np.all(parts[-1].held[:, -1] > rollout.HELD):
                     break
@@ -152,8 +149,7 @@ class _Runner:
 
 def _seeds(seed: int, episodes: Episodes) -> np.ndarray:
     """Of the noise, one an episode."""
-    mixed = ((seed % 2**8) * len(ROBOTS) + episodes.robot) * len(TASKS) + episodes.task
-    return (mixed * 2**13 + episodes.number % 2**13).astype(np.int32)
+    return (seed % 2**8 * len(ROBOTS) * len(TASKS) * MOST + episodes.serial).astype(np.int32)
 
 
 def recording_of(attempt: Attempt, robot: Robot) -> Recording:

@@ -31,7 +31,7 @@ from blm_jax.evaluate.world.runs.report import as_markdown, as_text, summary
 from blm_jax.evaluate.world.tasks import TASKS
 from blm_jax.infer.act import load_actor
 from blm_jax.weights.policy import read_policy
-from blm_jax.weights.trained import newest_of_run
+from blm_jax.weights.trained import newest_of_run, stamp
 
 FORMAT = 1
 SCRIPTED = ("expert", "random", "still")  # in place of a MODEL
@@ -50,8 +50,8 @@ class Request:
     episodes: int = 50  # of each cell
     seed: int = 0
     steps: int | None = None  # of denoising
-    other: bool = False  # a second cube lies there too, and the instruction tells them apart
-    blank: bool = False  # the policy sees black pictures
+    two: bool = False  # cubes lie where there would be one, and the instruction tells them apart
+    blind: bool = False  # the policy sees black pictures
     shuffled: bool = False  # the policy is told of the other cube
     out: str | None = None
     backbone: str | None = None
@@ -60,12 +60,12 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
-        if self.model in SCRIPTED and (self.blank or self.shuffled or self.steps):
-            raise RequestError(f"{self.model} neither sees, reads nor denoises: leave --blank, --shuffled and --steps to a MODEL")
+        if self.model in SCRIPTED and (self.blind or self.shuffled or self.steps):
+            raise RequestError(f"{self.model} neither sees, reads nor denoises: leave --blind, --shuffled and --steps to a MODEL")
         if self.shuffled:
             alone = [task for task in self.tasks if TASKS.index(task) not in (*tasks.MAY_BE_TWO, tasks.STACK)]
-            if alone or not self.other:
-                lack = "give --two as well" if not self.other else f"{', '.join(alone)} has none: leave it out of --tasks"
+            if alone or not self.two:
+                lack = "give --two as well" if not self.two else f"{', '.join(alone)} has none: leave it out of --tasks"
                 raise RequestError(f"--shuffled names the other cube: {lack}")
 
 
@@ -73,8 +73,9 @@ def world(request: Request) -> dict[str, Any]:
     """What `blm eval world --json` prints, and `text` for a terminal."""
     start = time.perf_counter()
     mesh = meshes.make_mesh(request.hardware.mesh)
-    driver, whose = _driver(request, mesh)
-    folder = _Folder(request, whose)
+    model = request.model if request.model in SCRIPTED else os.fspath(newest_of_run(open_path(request.model)))
+    folder = _Folder(request, _identity(request, model))
+    driver = _driver(request, model, mesh)
     loaded = time.perf_counter()
     done = _run(request, driver, mesh, folder)
     result = {
@@ -88,22 +89,26 @@ def world(request: Request) -> dict[str, Any]:
     return {**result, "text": as_text(result)}
 
 
-def _driver(request: Request, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
-    """Who drives, and what tells it from another."""
-    if request.model in SCRIPTED:
-        made = {"expert": rollout.Expert, "random": rollout.Random, "still": rollout.Still}[request.model]()
-        return made, {"model": request.model}
-    model = os.fspath(newest_of_run(open_path(request.model)))
+def _identity(request: Request, model: str) -> dict[str, Any]:
+    """What tells one's episodes from another's."""
+    if model in SCRIPTED:
+        return {"model": model}
     files = read_policy(model)
+    told = {"denoising_steps": request.steps or files.config.objective.steps, "dtype": request.hardware.compute.dtype}
+    return {"model": model, "files": stamp(open_path(model)), "backbone": files.backbone, **told}
+
+
+def _driver(request: Request, model: str, mesh: Mesh) -> rollout.Driver:
+    if model in SCRIPTED:
+        return {"expert": rollout.Expert, "random": rollout.Random, "still": rollout.Still}[model]()
     actor = load_actor(model, mesh, request.hardware.compute, backbone=request.backbone)
-    pilot = Pilot(actor, steps=request.steps, seed=request.seed, blank=request.blank)
+    pilot = Pilot(actor, steps=request.steps, seed=request.seed, blind=request.blind)
     for name in request.robots:
         pilot.robot(name)
-    told = {"denoising_steps": pilot.steps, "executed": pilot.turn, "dtype": request.hardware.compute.dtype}
-    return pilot, {"model": model, "backbone": files.backbone, **told}
+    return pilot
 
 
-def _run(request: Request, driver: Any, mesh: Mesh, folder: _Folder) -> list[dict[str, Any]]:
+def _run(request: Request, driver: rollout.Driver, mesh: Mesh, folder: _Folder) -> list[dict[str, Any]]:
     every = cells.episodes_of(request.robots, request.tasks, request.episodes)
     count, shards = len(every.robot), meshes.batch_shards(mesh)
     # Always as many at a time: for fewer rows compilers round otherwise, and an episode would be another on a larger mesh.
@@ -123,14 +128,14 @@ def _run(request: Request, driver: Any, mesh: Mesh, folder: _Folder) -> list[dic
     return done
 
 
-def _batch(request: Request, driver: Any, turn: rollout.Turn, mesh: Mesh, episodes: Episodes) -> Iterator[dict[str, Any]]:
+def _batch(request: Request, driver: rollout.Driver, turn: rollout.Turn, mesh: Mesh, episodes: Episodes) -> Iterator[dict[str, Any]]:
     count = len(episodes.robot)
     own = meshes.rows_of_process(mesh, count)
     mine = episodes.part(own)
-    settings, states = _begun(request, mine)
-    progress = jax.jit(rollout.started, static_argnums=0)(driver, settings, states)
+    settings, states = cells.begin(np.uint32(request.seed), *mine, kind=cells.EVALUATION, two=request.two)
     limits = np.array(tasks.LIMITS, np.int32)[mine.task]
     rows = _rows(request, driver, settings, mine)
+    progress = rollout.started(driver, rows, settings, states)
     rows, settings, limits, progress = (rollout.put(part, mesh, own, count) for part in (rows, settings, limits, progress))
     for number in range(-(-int(max(tasks.LIMITS[task] for task in episodes.task)) // driver.turn)):
         progress, _ = turn(driver.values, rows, settings, limits, progress, np.int32(number))
@@ -148,17 +153,12 @@ def _batch(request: Request, driver: Any, turn: rollout.Turn, mesh: Mesh, episod
         }
 
 
-def _begun(request: Request, episodes: Episodes) -> tuple[Any, Any]:
-    return cells.begin(np.uint32(request.seed), *episodes, kind=cells.EVALUATION, other=request.other)
-
-
-def _rows(request: Request, driver: Any, settings: Any, episodes: Episodes) -> Any:
-    numbers = (episodes.robot * len(TASKS) + episodes.task) * 2**13 + episodes.number  # of all cells
+def _rows(request: Request, driver: rollout.Driver, settings: Any, episodes: Episodes) -> Any:
     if not isinstance(driver, Pilot):
-        return numbers
+        return episodes.serial
     asked = settings._replace(wanted=1 - settings.wanted) if request.shuffled else settings
     texts = cells.instructions(asked, episodes.number)
-    return driver.rows([ROBOTS[robot] for robot in episodes.robot], texts, numbers)
+    return driver.rows([ROBOTS[robot] for robot in episodes.robot], texts, episodes.serial)
 
 
 # --- the directory -----------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class _Folder:
 
     def __init__(self, request: Request, whose: dict[str, Any]):
         asked = asdict(request)
-        for name in ("out", "backbone", "hardware", "model"):  # these change no episode
+        for name in ("out", "backbone", "hardware", "model", "steps"):  # these change no episode
             del asked[name]
         self.identity = json.loads(json.dumps({"format": FORMAT, **whose, **asked, "limits": dict(zip(TASKS, tasks.LIMITS, strict=True))}))
         self.path = None if request.out is None else open_path(request.out)

@@ -13,18 +13,18 @@ import numpy as np
 from blm_jax.batch import Prompts, RobotRows
 from blm_jax.config import BackboneConfig, PolicyConfig
 from blm_jax.data.collate import lay_out_pictures
-from blm_jax.data.demos.moments import Prompter
-from blm_jax.data.demos.observation import Observation, encode
+from blm_jax.data.demos.moments import Prompter, blank
+from blm_jax.data.demos.observation import encode
 from blm_jax.data.demos.robots import Robot, action_mask, limits, load_robots, pad, state_mask
 from blm_jax.data.demos.statistics import Statistics, affine
 from blm_jax.errors import RequestError
 from blm_jax.evaluate.world import view
 from blm_jax.evaluate.world.arms import ROBOTS
+from blm_jax.evaluate.world.runs.cells import PREFIX
 from blm_jax.evaluate.world.scene import JOINTS, Setting, State
 from blm_jax.infer.act import Actor, noise_of_rows
 from blm_jax.models.objective import sample
 
-PREFIX = "world_"  # of the registry's names of these robots
 TURNS = 4096  # at most of an episode, for the numbers of observations
 
 
@@ -53,34 +53,32 @@ class Rows(NamedTuple):
 
 
 class Pilot:
-    def __init__(self, actor: Actor, *, steps: int | None = None, seed: int = 0, blank: bool = False, turn: int | None = None):
+    def __init__(self, actor: Actor, *, steps: int | None = None, seed: int = 0, blind: bool = False):
         config, files = actor.policy.config, actor.files
-        self.actor, self.seed, self.blank = actor, seed, blank
+        self.actor, self.seed, self.blind = actor, seed, blind
         self.steps = steps or config.objective.steps
         self.robots = {name: _checked(files.robots, PREFIX + name) for name in ROBOTS if PREFIX + name in files.robots}
         if not self.robots:
             wanted = ", ".join(PREFIX + name for name in ROBOTS)
             raise RequestError(f"the policy drives {', '.join(files.robots)}, and none of the world's robots: {wanted}")
-        executed = {robot.executed for robot in self.robots.values()}
-        self.turn = turn or min(executed)
+        self.turn = min(robot.executed for robot in self.robots.values())
         self.values = actor.backbone, actor.policy
         self.prompter = Prompter(lambda: actor.engine, config.instruction, list(self.robots.values()))
         self.order = _order(self.prompter, next(iter(self.robots.values())), actor.engine.config)
+        self._made: dict[tuple[str, str], tuple[Any, ...]] = {}  # by robot and words
 
     # --- on the host ---
 
     def rows(self, robots: Sequence[str], instructions: Sequence[str], numbers: np.ndarray) -> Rows:
-        made: dict[tuple[str, str], tuple[Any, ...]] = {}
         keys = list(zip(robots, instructions, strict=True))
         for robot, text in keys:
-            if (robot, text) not in made:
-                made[robot, text] = self._row(self.robot(robot), text)
-        parts = [made[key] for key in keys]
-        prompts, robot_rows, units = (jax.tree.map(lambda *leaves: np.concatenate(leaves), *part) for part in zip(*parts, strict=True))
-        vision = replace(
-            prompts.batch.vision, groups=len(keys), patches=np.zeros((len(keys), 0), np.uint8)
-        )  # they are made where they are seen
-        return Rows(replace(prompts, batch=replace(prompts.batch, vision=vision)), robot_rows, units, numbers.astype(np.int32))
+            if (robot, text) not in self._made:
+                self._made[robot, text] = self._row(self.robot(robot), text)
+        parts = zip(*(self._made[key] for key in keys), strict=True)
+        prompts, robot_rows, units = (jax.tree.map(lambda *leaves: np.concatenate(leaves), *part) for part in parts)
+        unseen = np.zeros((len(keys), 0), np.uint8)  # patches are made where they are seen
+        batch = replace(prompts.batch, vision=replace(prompts.batch.vision, groups=len(keys), patches=unseen))
+        return Rows(replace(prompts, batch=batch), robot_rows, units, numbers.astype(np.int32))
 
     def robot(self, name: str) -> Robot:
         if name not in self.robots:
@@ -89,8 +87,7 @@ class Pilot:
 
     def _row(self, robot: Robot, text: str) -> tuple[Prompts, RobotRows, Units]:
         config, statistics = self.actor.policy.config, self.actor.files.statistics[robot.name]
-        images = {camera.name: np.zeros((camera.height, camera.width, 3), np.uint8) for camera in robot.cameras}
-        prompts = self.prompter(Observation(np.zeros(len(robot.state)), images, text), robot)
+        prompts = self.prompter(blank(robot, text), robot)
         widths = config.embodiment.state_width, config.embodiment.action_width
         robots = RobotRows(
             np.array([config.robots.index(robot.name)], np.int32),
@@ -102,7 +99,7 @@ class Pilot:
 
     # --- on the devices ---
 
-    def begin(self, setting: Setting, state: State) -> jax.Array:
+    def begin(self, row: Any, setting: Setting, state: State) -> jax.Array:
         """The chunk that is being executed."""
         return jnp.zeros((self.turn, JOINTS + 1))
 
@@ -113,15 +110,17 @@ class Pilot:
         units = rows.units
         state = (jnp.take_along_axis(now, units.state_from, axis=1) - units.state_center) * units.state_slope
         pictures = view.pictures(jax.vmap(view.shapes)(settings, states))
-        prompts = self._seeing(rows.prompts, jnp.zeros_like(pictures) if self.blank else pictures)
+        prompts = self._seeing(rows.prompts, jnp.zeros_like(pictures) if self.blind else pictures)
         intent = backbone.intent(prompts, config.intent_block)
         condition = policy.condition(intent, replace(rows.robots, state=state))
         noise = noise_of_rows(self.seed, jnp.asarray(rows.number) * TURNS + turn, 1, config)
         made = sample(policy, condition, noise, self.steps, None, guided=False)[:, : self.turn]  # [rows, turn, action width]
         return jax.vmap(told)(units, now, made)
 
-    def act(self, setting: Setting, state: State, memory: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return memory[step], memory
+    def act(
+        self, values: Any, setting: Setting, state: State, memory: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return memory[step], memory[step], memory
 
     def _seeing(self, prompts: Prompts, pictures: jax.Array) -> Prompts:
         """pictures [rows, cameras, height, width, 3] uint8 -> prompts with their patches where the processor lays them."""
@@ -151,8 +150,7 @@ def _checked(stored: Any, name: str) -> Robot:
 
 def _order(prompter: Prompter, robot: Robot, config: BackboneConfig) -> np.ndarray:
     """Where the visual tokens of a row's pictures lie, camera after camera."""
-    images = {camera.name: np.zeros((camera.height, camera.width, 3), np.uint8) for camera in robot.cameras}
-    example = encode(Observation(np.zeros(len(robot.state)), images, "Go"), robot, prompter.engine, prompter.instruction)
+    example = encode(blank(robot), robot, prompter.engine, prompter.instruction)
     for picture, camera in zip(example.pictures, robot.cameras, strict=True):
         found = picture.grid.rows * config.vision.patch, picture.grid.columns * config.vision.patch
         if found != (camera.height, camera.width):

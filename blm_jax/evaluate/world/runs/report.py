@@ -61,7 +61,7 @@ def _percent(cell: Mapping[str, Any]) -> str:
 
 def headline(result: Mapping[str, Any]) -> str:
     each = result["cells"][0]["episodes"] if result["cells"] else 0
-    told = ", ".join(name for name in ("other", "blank", "shuffled") if result.get(name))
+    told = ", ".join(name for name in ("two", "blind", "shuffled") if result.get(name))
     every = result["all"]
     who = f"{result['model']}{f' ({told})' if told else ''}"
     sure = f"95 %: {100 * every['low']:.1f} to {100 * every['high']:.1f}"

@@ -1,12 +1,13 @@
 """Episodes as they are run: thousands at once, in one compiled program a turn, on whatever mesh there is.
 
-A turn is what a driver decides upon at once: a chunk of a policy, or one step of an expert. Devices have rows of their own, and
-work on so many of them at a time that their number changes no product's shape: an episode is the same on any mesh, bit for bit.
+A turn is so many steps as a driver decides upon at once: a policy's chunk. Devices have rows of their own, and work on always as many of
+them at a time, so that no product's shape depends on the mesh: an episode is the same on any of them, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,69 +23,62 @@ HELD = 10  # steps, half a second: for so long a rule must have held in the end
 
 
 class Driver(Protocol):
-    """Who moves the arms. Without `values` and rows of its own, it needs the episode's alone."""
+    """Who moves the arms."""
 
     turn: int  # steps that are decided upon at once
     values: Any  # the same for all episodes: weights
 
-    def begin(self, setting: Setting, state: State) -> Any:
-        """The memory of one episode."""
+    def begin(self, row: Any, setting: Setting, state: State) -> Any:
+        """The memory of one episode; `row` is the driver's own, of this episode."""
         ...
 
     def decide(self, values: Any, rows: Any, settings: Setting, states: State, memory: Any, turn: jax.Array) -> Any:
-        """The memories of many episodes, at the begin of a turn. `rows` are the driver's own, one an episode."""
+        """The memories of many episodes, at the begin of a turn."""
         ...
 
-    def act(self, setting: Setting, state: State, memory: Any, step: jax.Array) -> tuple[jax.Array, Any]:
-        """The next action [JOINTS + 1] of one episode, `step` counting from the turn's begin."""
+    def act(self, values: Any, setting: Setting, state: State, memory: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        """Of one episode, `step` counting from the turn's begin: the next action [JOINTS + 1], what is done in its place, the memory."""
         ...
 
 
-class Expert:
-    """The scripted one. `noise` radians of each joint lead it astray, and what it does then shows the way back; `rows` are seeds."""
+class Scripted:
+    """In turns that mean nothing to it. Its rows are seeds."""
 
     turn, values = 8, None
-
-    def __init__(self, noise: float = 0.0):
-        self.noise = noise
-
-    def begin(self, setting: Setting, state: State) -> Any:
-        return experts.begin(setting, state), jnp.zeros_like(state.joints), jnp.int32(0)
-
-    def decide(self, values: Any, rows: Any, settings: Setting, states: State, memory: Any, turn: jax.Array) -> Any:
-        plan, off, _ = memory
-        return plan, off, rows
-
-    def act(self, setting: Setting, state: State, memory: Any, step: jax.Array) -> tuple[jax.Array, Any]:
-        plan, off, seed = memory
-        action, plan = experts.act(setting, state, plan)
-        off = experts.drifted(plan, off, jax.random.fold_in(jax.random.key(seed), state.steps), self.noise)
-        return action, (plan, off, seed)
-
-    @staticmethod
-    def executed(action: jax.Array, memory: Any) -> jax.Array:
-        return action.at[:-1].add(memory[1])
-
-
-class Still:
-    """Stays where it is."""
-
-    turn, values = 1, None
-
-    def begin(self, setting: Setting, state: State) -> Any:
-        return jnp.append(state.joints, state.opening)
 
     def decide(self, values: Any, rows: Any, settings: Setting, states: State, memory: Any, turn: jax.Array) -> Any:
         return memory
 
-    def act(self, setting: Setting, state: State, memory: Any, step: jax.Array) -> tuple[jax.Array, Any]:
-        return memory, memory
+
+class Expert(Scripted):
+    """`noise` radians of each joint lead it astray, and what it does then shows the way back."""
+
+    def __init__(self, noise: float = 0.0):
+        self.values = np.float32(noise)
+
+    def begin(self, row: jax.Array, setting: Setting, state: State) -> Any:
+        return experts.begin(setting, state), jnp.zeros_like(state.joints), row
+
+    def act(self, values: Any, setting: Setting, state: State, memory: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        plan, off, seed = memory
+        action, plan = experts.act(setting, state, plan)
+        off = experts.drifted(plan, off, jax.random.fold_in(jax.random.key(seed), state.steps), values)
+        return action, action.at[:-1].add(off), (plan, off, seed)
+
+
+class Still(Scripted):
+    """Stays where it is."""
+
+    def begin(self, row: jax.Array, setting: Setting, state: State) -> jax.Array:
+        return jnp.append(state.joints, state.opening)
+
+    def act(self, values: Any, setting: Setting, state: State, memory: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        return memory, memory, memory
 
 
 class Random(Still):
-    """Wanders: to somewhere near where it is, for eight steps, then to somewhere else. `rows` are seeds."""
+    """Wanders: each turn to somewhere else near where it is then."""
 
-    turn = 8
     REACH = 0.5  # radians
 
     def decide(self, values: Any, rows: Any, settings: Setting, states: State, memory: Any, turn: jax.Array) -> Any:
@@ -106,16 +100,17 @@ class Progress(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a step began with, and what was done."""
+    """What a step began with, and which action was taken."""
 
     state: State
     action: jax.Array  # [JOINTS + 1]
     held: jax.Array  # [] int32, as in `Progress`, after the step
 
 
-def started(driver: Driver, settings: Setting, states: State) -> Progress:
+@partial(jax.jit, static_argnums=0)
+def started(driver: Driver, rows: Any, settings: Setting, states: State) -> Progress:
     count = states.held.shape
-    memory = jax.vmap(driver.begin)(settings, states)
+    memory = jax.vmap(driver.begin)(rows, settings, states)
     return Progress(states, memory, jnp.zeros(count, jnp.int32), jnp.full(count, -1, jnp.int32))
 
 
@@ -123,11 +118,10 @@ def _turn(
     driver: Driver, values: Any, rows: Any, settings: Setting, limits: jax.Array, at: Progress, turn: jax.Array
 ) -> tuple[Progress, Trace]:
     """Of the rows that are worked on at once. Traces have a leading axis of steps behind that of rows."""
-    executed = getattr(driver, "executed", lambda action, memory: action)
 
     def one(setting: Setting, limit: jax.Array, before: Progress, step: jax.Array) -> tuple[Progress, Trace]:
-        action, memory = driver.act(setting, before.state, before.memory, step)
-        state = physics.step(setting, before.state, executed(action, memory))
+        action, done, memory = driver.act(values, setting, before.state, before.memory, step)
+        state = physics.step(setting, before.state, done)
         good = tasks.succeeded(setting, state)
         held = jnp.where(good, before.held + 1, 0)
         first = jnp.where((before.first < 0) & good, state.steps, before.first)

@@ -15,6 +15,9 @@ from typing import Any
 
 from etils import epath
 
+from blm_jax.convert.output import Output
+from blm_jax.convert.team import Team
+from blm_jax.data.files import open_path
 from blm_jax.errors import RequestError
 from blm_jax.evaluate.world.talk.questions import Asker, Question
 from blm_jax.evaluate.world.talk.stills import Still, stills
@@ -25,6 +28,7 @@ from blm_jax.evaluate.world.view import CAMERAS
 RECORDS = "records.jsonl"
 TURNS = 5  # about a scene, in training
 TURNS_TEST = 4
+SCENE_BYTES, SENTENCE_BYTES = 10_000, 300  # about as large as these become on disk
 
 Record = dict[str, Any]
 
@@ -48,14 +52,14 @@ def write(path: epath.PathLike, count: int, seed: int, split: str, progress: Cal
             questions += len(asked)
             yield from [_record(names, asked)] if split == "train" else (_record(names, [question]) for question in asked)
 
-    _write_whole(path, count, records)
+    _write_whole(path, count, SCENE_BYTES, records)
     return questions
 
 
 def write_sentences(path: epath.PathLike, count: int, seed: int, split: str) -> None:
     """So many questions and answers without pictures, into a directory that does not exist."""
     made = sentences(seed, _known(split))
-    _write_whole(path, count, lambda directory: (_spoken("sentence", *next(made)) for _ in range(count)))
+    _write_whole(path, count, SENTENCE_BYTES, lambda directory: (_spoken("sentence", *next(made)) for _ in range(count)))
 
 
 def _next_asked(scenes: Iterator[Still], asker: Asker, most: int) -> tuple[Still, list[Question]]:
@@ -88,25 +92,12 @@ def _known(split: str) -> str:
     return split
 
 
-def _write_whole(path: epath.PathLike, count: int, records: Callable[[epath.Path], Iterator[Record]]) -> None:
-    """A directory that is there when it is finished."""
-    final = epath.Path(path)
+def _write_whole(path: epath.PathLike, count: int, size: int, records: Callable[[epath.Path], Iterator[Record]]) -> None:
     if count < 1:
         raise RequestError(f"{count} records are none: ask for at least one")
-    if final.exists():
-        raise RequestError(f"{final} exists: name a directory that does not")
-    temporary = final.parent / f".{final.name}.unfinished"
-    if temporary.exists():
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
-    try:
-        with (temporary / RECORDS).open("w") as file:
-            for record in records(temporary):
-                file.write(json.dumps(record) + "\n")
-        temporary.rename(final)
-    except BaseException:
-        temporary.rmtree(missing_ok=True)
-        raise
+    with Output(open_path(path), count * size, Team()) as output, (output.directory / RECORDS).open("w") as file:
+        for record in records(output.directory):
+            file.write(json.dumps(record) + "\n")
 
 
 # --- plain sentences -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 from blm_jax.config import BridgeConfig, DiTConfig, EmbodimentConfig, ObjectiveConfig, PolicyConfig
 from blm_jax.data.demos import statistics
 from blm_jax.data.demos.robots import Robot, load_robots
-from blm_jax.evaluate.world.runs.pilot import PREFIX
+from blm_jax.evaluate.world.runs.cells import PREFIX
 from blm_jax.evaluate.world.talk.base import write_untrained
 from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.policy import PolicyFiles, write_policy

@@ -35,7 +35,7 @@ def test_what_was_recorded_is_done_again(collected: Path) -> None:
     source = open_set(str(collected / robot.name))
     assert source.count == EPISODES == json.loads((collected / "collected.json").read_text())["yield"][0]["episodes"]
     beginnings = cells.episodes_of((ROBOT,), (TASK,), 8)
-    settings, states = cells.begin(np.uint32(SEED), *beginnings, kind=cells.DEMONSTRATION, other=False)
+    settings, states = cells.begin(np.uint32(SEED), *beginnings, kind=cells.DEMONSTRATION, two=False)
     step = jax.jit(lambda setting, state, action: (physics.step(setting, state, action), tasks.succeeded(setting, state)))
     for number in range(EPISODES):
         episode = read_episode(source, robot, number)
@@ -70,7 +70,7 @@ def test_noise_is_done_and_not_recorded(collected: Path, tmp_path: Path) -> None
 
 def test_demonstrations_are_no_evaluations() -> None:
     episodes = cells.episodes_of(ROBOTS, tasks.TASKS, 1)
-    one, other = (cells.begin(np.uint32(0), *episodes, kind=kind, other=False)[1] for kind in (cells.DEMONSTRATION, cells.EVALUATION))
+    one, other = (cells.begin(np.uint32(0), *episodes, kind=kind, two=False)[1] for kind in (cells.DEMONSTRATION, cells.EVALUATION))
     assert (np.abs(np.asarray(one.position[:, 0] - other.position[:, 0])).max(axis=-1) > 1e-6).all()
 
 

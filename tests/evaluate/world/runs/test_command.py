@@ -116,7 +116,7 @@ def test_it_goes_on(model: str, alone: Path, tmp_path: Path, capsys: pytest.Capt
         (["expert", "--robots", "pandas"], "the world has no robot 'pandas'; did you mean panda?"),
         (["expert", "--tasks", "Juggle"], "the world has no task 'Juggle'"),
         (["expert", "--tasks", "PickCube,PickCube"], "names a task twice"),
-        (["expert", "--blank"], "expert neither sees, reads nor denoises"),
+        (["expert", "--blind"], "expert neither sees, reads nor denoises"),
         (["nowhere"], "nowhere"),
         (["MODEL", "--shuffled"], "--shuffled names the other cube: give --two as well"),
         (["MODEL", "--shuffled", "--two", "--tasks", "PickCube,PlaceSphere"], "PlaceSphere has none: leave it out of --tasks"),

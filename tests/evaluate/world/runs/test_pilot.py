@@ -15,7 +15,8 @@ from blm_jax.errors import RequestError
 from blm_jax.evaluate.world import view
 from blm_jax.evaluate.world.arms import ROBOTS
 from blm_jax.evaluate.world.runs import cells
-from blm_jax.evaluate.world.runs.pilot import PREFIX, TURNS, Pilot
+from blm_jax.evaluate.world.runs.cells import PREFIX
+from blm_jax.evaluate.world.runs.pilot import TURNS, Pilot
 from blm_jax.evaluate.world.scene import JOINTS
 from blm_jax.infer.act import Actor, load_actor
 from tests.evaluate.world.runs.driven import write_driver
@@ -29,7 +30,7 @@ def actor(tmp_path_factory: pytest.TempPathFactory) -> Actor:
 def test_as_on_the_host(actor: Actor) -> None:
     pilot = Pilot(actor, seed=5)
     episodes = cells.episodes_of(("panda", "xarm6"), ("PickCube", "PlaceSphere"), 1, first=7)
-    settings, states = cells.begin(np.uint32(0), *episodes, kind=cells.EVALUATION, other=False)
+    settings, states = cells.begin(np.uint32(0), *episodes, kind=cells.EVALUATION, two=False)
     names = [ROBOTS[robot] for robot in episodes.robot]
     texts = cells.instructions(settings, episodes.number)
     rows = pilot.rows(names, texts, episodes.number)
@@ -51,7 +52,7 @@ def test_as_on_the_host(actor: Actor) -> None:
 
 def test_pictures_and_words_matter(actor: Actor) -> None:
     episodes = cells.episodes_of(("panda",), ("PickCube",), 2)
-    settings, states = cells.begin(np.uint32(0), *episodes, kind=cells.EVALUATION, other=False)
+    settings, states = cells.begin(np.uint32(0), *episodes, kind=cells.EVALUATION, two=False)
     settings, states = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), (settings, states))
 
     def told(words: list[str], **options: Any) -> np.ndarray:
@@ -61,8 +62,8 @@ def test_pictures_and_words_matter(actor: Actor) -> None:
 
     one, other = told(["pick up the red cube", "pick up the blue cube"])
     assert np.abs(one - other).max() > 1e-5
-    blank = told(["pick up the red cube", "pick up the blue cube"], blank=True)
-    assert np.abs(one - blank[0]).max() > 1e-5
+    black = told(["pick up the red cube", "pick up the blue cube"], blind=True)
+    assert np.abs(one - black[0]).max() > 1e-5
 
 
 def test_another_contract_is_refused(actor: Actor) -> None:

@@ -21,7 +21,7 @@ from blm_jax.data import command
 from blm_jax.data.corpora.corpus import open_corpus
 from blm_jax.errors import RequestError
 from blm_jax.evaluate.world import view
-from blm_jax.evaluate.world.arms import ROBOTS
+from blm_jax.evaluate.world.arms import ROBOTS, TABLE
 from blm_jax.evaluate.world.render import look_at, project
 from blm_jax.evaluate.world.talk import questions, talks
 from blm_jax.evaluate.world.talk import stills as stills_module
@@ -29,7 +29,6 @@ from blm_jax.evaluate.world.talk.questions import GRID, NAMES, REGIONS, Asker, C
 from blm_jax.evaluate.world.talk.stills import Still, stills
 from blm_jax.evaluate.world.talk.wordings import SPLITS, WORDINGS
 from blm_jax.evaluate.world.tasks import COLOURS, PALETTE
-from blm_jax.evaluate.world.view import ROBOT_COLOURS
 from tests.data.corpora.material import open_engine
 from tests.qwen_files import write_tokenizer_files
 
@@ -196,7 +195,7 @@ def test_robots_are_told_by_their_colour() -> None:
         foot, _ = project(view.CAMERAS["front"], still.base + np.array([0.05, 0, 0.03], np.float32), view.SIZE)
         column, row = foot.astype(int)
         pixels = still.pictures[0][row, column - 3 : column + 4].reshape(-1, 3).astype(float)
-        tones = ROBOT_COLOURS / ROBOT_COLOURS.sum(-1, keepdims=True) / 4 + ROBOT_COLOURS  # hue and brightness
+        tones = TABLE["colour"] / TABLE["colour"].sum(-1, keepdims=True) / 4 + TABLE["colour"]  # hue and brightness
         seen = np.median(pixels, axis=0) / 255 / 0.85
         nearest = np.abs(tones - (seen / seen.sum() / 4 + seen)).sum(-1).argmin()
         right.append(case.answer == NAMES[ROBOTS[nearest]])
@@ -404,7 +403,7 @@ def test_sentences_are_right() -> None:
 
 
 def test_bad_requests(written: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="exists: name a directory that does not"):
+    with pytest.raises(RequestError, match="exists; choose another directory"):
         talks.write(written / "train", 1, 0, "train")
     with pytest.raises(RequestError, match="'validation' is none of train, test"):
         talks.write(tmp_path / "x", 1, 0, "validation")
