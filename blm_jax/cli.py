@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from blm_jax.errors import RequestError, RunError, StoppedError
 from blm_jax.flags import parse
 
 INTERRUPTED, STOPPED = 128 + 2, 128 + 15
+TUNABLES = "GLIBC_TUNABLES"
 # Each is set by one kind of launcher for every process it starts: Slurm's srun, Open MPI's mpirun, an indexed Kubernetes job.
 LAUNCHER_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX")
 
@@ -28,7 +29,7 @@ def entry() -> NoReturn:
     answers = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = open(answers, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
-    code = main()
+    code = main(before_jax=lambda: _take_large_pages(answers))
     if code == INTERRUPTED:
         # A device may be in the middle of a program: the interpreter's own way out would take its buffers from under it.
         sys.stdout.flush()
@@ -43,11 +44,22 @@ def entry() -> NoReturn:
     sys.exit(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _take_large_pages(answers: int) -> None:
+    """Begin again with memory in large pages: a program on a CPU gets its memory anew each time it runs, and in pages of 4 KB that was a
+    third of a training step. The C library reads how to only when a process begins."""
+    if sys.platform == "linux" and TUNABLES not in os.environ:
+        os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
+        os.dup2(answers, 1)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def main(argv: Sequence[str] | None = None, before_jax: Callable[[], None] = lambda: None) -> int:
     """The exit code: 0 done, 2 the request is wrong, 1 it failed on the way, 143 it was asked to stop and can go on."""
     process = 0
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        if args.uses_jax:
+            before_jax()
         process = _start_jax(args)
         result = args.run(args, process)
         if args.json and process == 0:

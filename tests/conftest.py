@@ -36,5 +36,27 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+# What takes minutes begins first, so that nothing long is left to one process in the end.
+LONGEST = (
+    "train/test_train.py",
+    "train/test_step.py",
+    "evaluate/world/runs/test_command.py",
+    "train/test_fitting.py",
+    "models/test_policy.py",
+    "infer/test_features.py",
+    "models/test_distribution.py",
+    "evaluate/world/runs/test_collect.py",
+    "models/test_parity.py",
+    "infer/test_command.py",
+    "infer/test_generate.py",
+    "evaluate/world/talk/test_base.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {str(ROOT / "tests" / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it")
