@@ -92,6 +92,30 @@ def act(args: argparse.Namespace, process: int) -> Result:
     return result
 
 
+def demo(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.demo import command
+    from blm_jax.demo.story import Demo
+
+    def run(words: list[str]) -> dict[str, Any]:
+        """What `blm WORDS --json` would print."""
+        asked = args.parse([*words, "--json"])
+        return asked.run(asked, process) or {}
+
+    result = command.demo(Demo(args.out, args.seed, args.from_scratch), run)
+    if not args.json:
+        say(command.as_text(result))
+    return result
+
+
+def new(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.evaluate.world.talk.base import write_seeing
+
+    result = {"out": args.out, "log": write_seeing(args.out, args.seed)}
+    if process == 0 and not args.json:
+        say(f"{args.out}: it sees, and has no words yet")
+    return result
+
+
 def convert(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.convert import command
 
@@ -192,6 +216,22 @@ def data_stats(args: argparse.Namespace, process: int) -> Result:
     return result
 
 
+def data_collect_questions(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.evaluate.world.talk import talks
+
+    if args.sentences:
+        if args.things_only:
+            raise RequestError("--things-only is of scenes: sentences have none")
+        talks.write_sentences(args.out, args.sentences, args.seed, args.split)
+        result = {"out": args.out, "questions": args.sentences}
+    else:
+        asked = talks.write(args.out, args.scenes, args.seed, args.split, robots=not args.things_only)
+        result = {"out": args.out, "scenes": args.scenes, "questions": asked}
+    if process == 0 and not args.json:
+        say(f"{args.out}: {result['questions']} questions")
+    return result
+
+
 def data_collect_world(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.evaluate.world.runs import collect
 
@@ -225,6 +265,7 @@ def data_features(args: argparse.Namespace, process: int) -> Result:
         robot=args.robot,
         stats=args.stats,
         out=args.out,
+        policy=None if args.run_file is None else _policy_of(args.run_file),
         robots_files=tuple(args.robots_file),
         form=args.form,
         augmentation=Augmentation(changes, args.seed, args.versions),
@@ -242,6 +283,17 @@ def data_features(args: argparse.Namespace, process: int) -> Result:
         if error := result.get("action_error"):
             say(f"actions are off by {error['int8']:.2g} with int8, by {error['bfloat16']:.2g} with bfloat16 (root mean square)")
     return result
+
+
+def _policy_of(file: str) -> Any:
+    """That a run is to train."""
+    from blm_jax.configfile import load_as
+    from blm_jax.recipe import Run
+
+    stage_two = load_as(Run, file).stage_two
+    if stage_two is None or stage_two.policy is None:
+        raise RequestError(f"{file} begins no new policy: it has no stage_two.policy")
+    return stage_two.policy
 
 
 def eval_openloop(args: argparse.Namespace, process: int) -> Result:
@@ -269,6 +321,17 @@ def eval_openloop(args: argparse.Namespace, process: int) -> Result:
     return result
 
 
+def eval_questions(args: argparse.Namespace, process: int) -> Result:
+    from blm_jax.evaluate.questions import Request, questions
+
+    request = Request(args.model, args.source, limit=args.limit, out=args.out, backbone=args.backbone, hardware=_hardware(args))
+    result = questions(request)
+    text = result.pop("text")
+    if process == 0 and not args.json:
+        say(text)
+    return result
+
+
 def eval_world(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.evaluate.world.runs.command import Request, world
 
@@ -278,6 +341,7 @@ def eval_world(args: argparse.Namespace, process: int) -> Result:
         steps=args.steps,
         blind=args.blind,
         shuffled=args.shuffled,
+        films=args.films,
         out=args.out,
         backbone=args.backbone,
         hardware=_hardware(args),

@@ -12,14 +12,18 @@ from blm_jax.commands import (
     act,
     bench,
     convert,
+    data_collect_questions,
     data_collect_world,
     data_features,
     data_inspect,
     data_prepare,
     data_stats,
+    demo,
     eval_openloop,
+    eval_questions,
     eval_world,
     generate,
+    new,
     plan,
     train,
 )
@@ -46,11 +50,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="blm", description="One model that answers questions about what it sees and drives robot arms.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(_command(commands, "demo", demo, "train, drive robots, ask questions and export, in a small world and a quarter of an hour"))
     _add_generate(_command(commands, "generate", generate, "answer a prompt about text, images and videos"))
     _add_act(_command(commands, "act", act, "sample chunks of actions for recorded observations"))
     _add_train(_command(commands, "train", train, "train the backbone on conversations, or the policy on demonstrations"))
     planning = "compile a run for chips that are not there: does it fit, what is sent, how fast can it be"
     _add_plan(_command(commands, "plan", plan, planning, uses_jax=False))
+    small = _command(commands, "new", new, "make a small MODEL for the embedded world: one that sees, and has no words yet")
+    small.add_argument("out", metavar="OUT", help="a directory that does not exist yet")
+    small.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and scenes (0)")
     _add_eval(commands.add_parser("eval", help="how well a MODEL does", description="How well a MODEL does."))
     _add_convert(_command(commands, "convert", convert, "bring weights to the Hugging Face layout or to a checkpoint"))
     _add_data(commands.add_parser("data", help="what is done to data before training", description="What is done to data before training."))
@@ -80,12 +88,19 @@ def _command(commands: Any, name: str, run: Callable[..., Result], summary: str,
     return parser
 
 
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(parse=parse)  # of the commands that it is made of
+    parser.add_argument("--out", default="out/demo", metavar="DIR", help="all of it is written here; a demo cut off goes on (out/demo)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of data, weights and episodes (0)")
+    parser.add_argument("--from-scratch", action="store_true", help="make the small base first, which otherwise comes with the package")
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_data_prepare(_command(commands, "prepare", data_prepare, "check conversations and write them as a corpus", uses_jax=False))
     _add_data_inspect(_command(commands, "inspect", data_inspect, "show what a model sees of data", uses_jax=False))
     _add_data_stats(_command(commands, "stats", data_stats, "check demonstrations and make a robot's statistics", uses_jax=False))
-    _add_data_collect(commands.add_parser("collect", help="record demonstrations in a simulator", description="Record demonstrations."))
+    _add_data_collect(commands.add_parser("collect", help="make data in a simulator", description="Make data in a simulator."))
     _add_data_features(_command(commands, "features", data_features, "make what the frozen backbone sees of demonstrations, for training"))
 
 
@@ -99,6 +114,14 @@ def _add_data_collect(parser: argparse.ArgumentParser) -> None:
     )
     world.add_argument("--form", choices=("rlds", "lerobot"), default="rlds", help="of the sets (rlds)")
     world.add_argument("--seed", type=int, default=0, metavar="S", help="of beginnings and noise (0)")
+    asked = _command(commands, "questions", data_collect_questions, "about scenes of the embedded world, with their answers")
+    asked.add_argument("out", metavar="OUT", help="a directory for conversations and their pictures: a SOURCE of blm data prepare")
+    what = asked.add_mutually_exclusive_group(required=True)
+    what.add_argument("--scenes", type=_at_least_one, metavar="N", help="to ask about")
+    what.add_argument("--sentences", type=_at_least_one, metavar="N", help="instead: plain questions and answers, without pictures")
+    asked.add_argument("--split", choices=("train", "test"), default="train", help="scenes and words of test are none of train's (train)")
+    asked.add_argument("--things-only", action="store_true", help="no robots: things lie on a table")
+    asked.add_argument("--seed", type=int, default=0, metavar="S", help="of scenes and questions (0)")
 
 
 def _add_cells(parser: argparse.ArgumentParser) -> None:
@@ -149,8 +172,11 @@ def _add_data_stats(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_features(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a directory with a policy/, whose config names the block; local or in a bucket")
+    parser.add_argument("model", metavar="MODEL", help="the backbone, with or without a policy/; local or in a bucket")
     parser.add_argument("sets", nargs="+", metavar="SET", help="directories of demonstrations of one robot")
+    parser.add_argument(
+        "--run", dest="run_file", metavar="CONFIG", help="the run that is to train a new policy, whose block it names (MODEL's)"
+    )
     parser.add_argument("--robot", required=True, metavar="NAME", help="whose demonstrations they are")
     _add_robots_files(parser)
     parser.add_argument("--stats", required=True, metavar="FILE.json", help="what blm data stats wrote: it knows the good episodes")
@@ -245,6 +271,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_eval_openloop(_command(commands, "openloop", eval_openloop, "compare a policy's chunks with what was done in recorded episodes"))
+    _add_eval_questions(_command(commands, "questions", eval_questions, "ask questions that have one right answer each"))
     _add_eval_world(_command(commands, "world", eval_world, "let a policy move arms in the embedded world, and count its successes"))
 
 
@@ -264,12 +291,22 @@ def _add_eval_openloop(parser: argparse.ArgumentParser) -> None:
     _add_hardware(parser)
 
 
+def _add_eval_questions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory in the Hugging Face layout or a checkpoint, local or in a bucket")
+    parser.add_argument("source", metavar="SOURCE", help="conversations, as for blm data prepare; the last answer of each is asked for")
+    parser.add_argument("--limit", type=_at_least_one, metavar="N", help="the first N questions (all)")
+    parser.add_argument("--out", metavar="DIR", help="questions.json, questions.md and answers.jsonl are written here")
+    _add_backbone(parser)
+    _add_hardware(parser)
+
+
 def _add_eval_world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="as above; or expert, random or still, which need no weights")
     _add_cells(parser)
     parser.add_argument("--blind", action="store_true", help="show black pictures: what a policy does without looking")
     parser.add_argument("--shuffled", action="store_true", help="with --two, name the other cube: what a policy does that does not read")
     _add_denoising(parser)
+    parser.add_argument("--films", type=_at_least_one, default=0, metavar="N", help="film the first N episodes of each cell into --out (0)")
     parser.add_argument("--out", metavar="DIR", help="world.json, world.md and episodes.jsonl are written here; a run cut off goes on")
     _add_backbone(parser)
     _add_hardware(parser)

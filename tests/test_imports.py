@@ -66,6 +66,7 @@ HOUSE = (
     ("blm_jax.convert", ("blm_jax.infer", *COMMAND_LINE)),
     ("blm_jax.train", ("blm_jax.infer", "blm_jax.convert", *COMMAND_LINE)),
     ("blm_jax.evaluate", ("blm_jax.plan", "blm_jax.train", *COMMAND_LINE)),
+    ("blm_jax.demo", ("blm_jax.plan", "blm_jax.train", *COMMAND_LINE)),
     *((f"{WORLD}.{part}", (*ROOMS, f"{WORLD}.runs", f"{WORLD}.talk", *COMMAND_LINE)) for part in SIMULATOR),
     (f"{WORLD}.talk", ("blm_jax.infer", f"{WORLD}.runs")),
     ("blm_jax.counts", ("jax", "flax", "blm_jax.models", "blm_jax.data")),
@@ -79,11 +80,12 @@ HOUSE = (
 
 # The one file that users run inside PyTorch, on purpose and without this package: it is copied out of it. See the test of its own.
 TWIN = "blm_jax.convert.twin.blm_policy"
+IN_PYTORCH = "blm_jax.demo.in_pytorch"  # a script that is run apart: what an export does there
 
 
 @pytest.mark.parametrize(("layer", "forbidden"), HOUSE, ids=[layer for layer, _ in HOUSE])
 def test_layers(layer: str, forbidden: tuple[str, ...]) -> None:
-    members = [name for name in NAMES if starts(name, (layer,)) and name != TWIN]
+    members = [name for name in NAMES if starts(name, (layer,)) and name not in (TWIN, IN_PYTORCH)]
     assert members
     wrong = [f"{name} imports {module}" for name in members for module in sorted(imports(name, late=True)) if starts(module, forbidden)]
     assert not wrong
@@ -107,7 +109,8 @@ def test_the_command_line_imports_slow_packages_late(slow: str) -> None:
 
 
 def test_transformers_is_never_imported_with_a_module() -> None:
-    assert not [name for name in NAMES if any(starts(module, ("transformers",)) for module in imports(name, late=False))]
+    own = [name for name in NAMES if name != IN_PYTORCH]
+    assert not [name for name in own if any(starts(module, ("transformers",)) for module in imports(name, late=False))]
 
 
 def test_data_works_where_jax_cannot_be_imported() -> None:

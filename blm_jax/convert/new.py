@@ -1,29 +1,26 @@
-"""A MODEL that has learned nothing yet: weights drawn at random, in the Hub's layout, as all that trains and loads expects one."""
+"""A MODEL out of parameters that were made here, in the Hub's layout, as all that trains and loads expects one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 
-from blm_jax.config import BackboneConfig, ComputeConfig
+from blm_jax.config import BackboneConfig
 from blm_jax.convert.output import Output
 from blm_jax.convert.team import Team
 from blm_jax.data.files import open_path
-from blm_jax.models.mllm import Mllm
 from blm_jax.weights.config_json import to_json
 from blm_jax.weights.names import hub_tensors, leaves, table
 from blm_jax.weights.safetensors_file import plan_files
 
 
-def write_new_model(path: epath.PathLike, config: BackboneConfig, assets: Mapping[str, bytes], seed: int) -> None:
-    """`assets` are the files of tokenizer and processors, by name."""
-    model = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Mllm(config, ComputeConfig(), rngs=nnx.Rngs(seed)), nnx.Param)))()
-    drawn = {place: np.asarray(leaf) for place, leaf in leaves(model)}
+def write_new_model(path: epath.PathLike, config: BackboneConfig, params: Mapping[str, Any], assets: Mapping[str, bytes]) -> None:
+    """`params` is the tree of an Mllm's; `assets` are the files of tokenizer and processors, by name."""
+    drawn = {place: np.asarray(leaf) for place, leaf in leaves(params)}
     tensors = {tensor.name: tensor for tensor in hub_tensors(table(config))}
     size = sum(leaf.nbytes for leaf in drawn.values())
     [planned] = plan_files({name: (np.dtype(np.float32), tensor.entry.hub_shape) for name, tensor in tensors.items()}, size)

@@ -27,7 +27,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 mark { background: #cdeccd; color: inherit }
 figure { margin: .5rem 0; display: inline-block; vertical-align: top } figcaption { font-size: 12px; color: #666 }
 .prompt img { image-rendering: pixelated } svg { background: #f6f6f4; border-radius: 4px } svg text { font-size: 11px; fill: #444 }
-rect { fill: #5b8bb2 }
+svg[viewBox] { max-width: 100%; height: auto } rect { fill: #5b8bb2 } polyline { fill: none; stroke-width: 1.3 }
 """
 
 
@@ -74,7 +74,8 @@ def drawing(lengths: np.ndarray) -> str:
         drawn.append(f'<rect x="{x}" y="{20 + height - tall:.1f}" width="{step - 8}" height="{tall:.1f}"/>')
         drawn.append(f'<text x="{x}" y="{14 + height - tall:.1f}">{count}</text><text x="{x}" y="{height + 36}">{low}</text>')
     drawn.append(f'<text x="{len(bins) * step}" y="{height + 36}">{bins[-1][1]}</text>')
-    return f'<svg width="{len(bins) * step + 60}" height="{height + 44}" role="img">{"".join(drawn)}</svg>'
+    wide, high = len(bins) * step + 60, height + 44
+    return f'<svg viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" role="img">{"".join(drawn)}</svg>'
 
 
 # --- the page ------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,8 @@ def as_page(title: str, body: Sequence[str], style: str, command: str) -> bytes:
     # Nothing is fetched and no script runs, whatever texts hold.
     policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
     name = html.escape(title)
-    head = f'<meta charset="utf-8">{GENERATOR.format(command)}{policy}<title>{name}</title><style>{STYLE}{style}</style>'
+    size = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{size}{GENERATOR.format(command)}{policy}<title>{name}</title><style>{STYLE}{style}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{name}</h1>{"".join(body)}</body></html>\n'.encode()
 
 
@@ -109,5 +111,8 @@ def picture(pixels: np.ndarray, form: str = "PNG") -> str:
     contents = io.BytesIO()
     Image.fromarray(pixels).save(contents, form)
     height, width = pixels.shape[:2]
-    source = f"data:image/{form.lower()};base64,{base64.b64encode(contents.getvalue()).decode()}"
-    return f'<img width="{width}" height="{height}" alt="" src="{source}">'
+    return f'<img width="{width}" height="{height}" alt="" src="{data_url(contents.getvalue(), form)}">'
+
+
+def data_url(contents: bytes, form: str) -> str:
+    return f"data:image/{form.lower()};base64,{base64.b64encode(contents).decode()}"

@@ -13,18 +13,19 @@ from blm_jax.data import page
 from blm_jax.data.demos.robots import Robot
 from blm_jax.data.demos.sets import Episode
 from blm_jax.data.page import printable
+from blm_jax.data.plot import Plot
 
 EPISODES = 4  # that the page shows
 FANS, DRAWN = 200, 8  # moments of an episode whose chunks are drawn, and samples of each
 STEPS = 8  # of the horizon, that a table has
 SAID = 5  # bad episodes that a message names
 NONE = "-"
-WIDE, NARROW, TALL, EDGE = 640, 260, 130, 16  # of plots, and what is left above and below the curves
+WIDE, NARROW = 640, 260  # pixels of plots
 COLOURS = ("#d98a3d", "#b0552b", "#7a9e3f", "#5b8bb2", "#8a8a8a", "#bbbbbb")  # of ways of acting, in their order
 STYLE = """
 table { border-collapse: collapse; font-size: 13px; margin: .5rem 0 } .scroll { overflow-x: auto }
 td, th { padding: 1px 8px; text-align: right; border-bottom: 1px solid #eee } td:first-child, th:first-child { text-align: left }
-polyline { fill: none; stroke-width: 1.3 } i { display: inline-block; width: 1.5em; height: .6em }
+i { display: inline-block; width: 1.5em; height: .6em }
 .done { stroke: #222; stroke-width: 1.6 } .made { stroke: #d98a3d; stroke-width: 1; opacity: .6 }
 """
 
@@ -195,30 +196,3 @@ def _fans(one: Shown, drawn: Sequence[int], dimension: int, caption: str) -> str
             plot.curve(range(step, step + len(values[:left])), values[:left], 'class="made"')
     plot.curve(range(len(done)), done, 'class="done"')
     return plot.figure(caption, str(len(done) - 1))
-
-
-class Plot:
-    """Curves between two heights, from 0 to a last step."""
-
-    def __init__(self, width: int, low: float, high: float, last: int):
-        if high - low < 1e-9:
-            low, high = low - 0.5, high + 0.5
-        self.width, self.low, self.high, self.last = width, low, high, last
-        self.drawn: list[str] = []
-
-    def curve(self, steps: Sequence[int], values: np.ndarray, look: str) -> None:
-        points = [(self.width * x / self.last, self._height(y)) for x, y in zip(steps, values.tolist(), strict=True) if np.isfinite(y)]
-        if len(points) == 1:  # a stroke has a length
-            points.append((points[0][0] + 2, points[0][1]))
-        if points:
-            self.drawn.append(f'<polyline {look} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
-
-    def _height(self, value: float) -> float:
-        return EDGE + TALL * (self.high - value) / (self.high - self.low)
-
-    def figure(self, caption: str, last: str) -> str:
-        side, below = self.width + 4, TALL + 2 * EDGE - 3
-        marks = [f'<text x="{side}" y="{EDGE + 4}">{self.high:.4g}</text><text x="{side}" y="{EDGE + TALL + 4}">{self.low:.4g}</text>']
-        marks.append(f'<text x="0" y="{below}">0</text><text x="{self.width - 8}" y="{below}">{last}</text>')
-        svg = f'<svg width="{self.width + 60}" height="{TALL + 2 * EDGE}" role="img">{"".join([*self.drawn, *marks])}</svg>'
-        return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"

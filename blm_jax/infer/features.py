@@ -23,7 +23,7 @@ from tqdm import tqdm
 from blm_jax import counts
 from blm_jax import mesh as meshes
 from blm_jax.batch import Prompts
-from blm_jax.config import BackboneConfig, HardwareConfig
+from blm_jax.config import BackboneConfig, HardwareConfig, PolicyConfig
 from blm_jax.configfile import suggest
 from blm_jax.data.demos import intents as store
 from blm_jax.data.demos.demonstrations import Demonstrations, open_demonstrations
@@ -41,7 +41,7 @@ from blm_jax.infer.act import Actor, Intent, load_below, load_policy
 from blm_jax.models.mllm import Mllm
 from blm_jax.weights.engine import open_engine
 from blm_jax.weights.fingerprint import fingerprint
-from blm_jax.weights.policy import PolicyFiles, check_backbone, read_policy
+from blm_jax.weights.policy import PolicyFiles, check_backbone, has_policy, read_policy
 from blm_jax.weights.source import read_config
 
 ROWS = 8  # of a batch, for each part into which the mesh cuts it: more than enough for products to be bound by multiplying
@@ -59,6 +59,7 @@ class Request:
     robot: str
     stats: str
     out: str
+    policy: PolicyConfig | None = None  # that is to be trained; None: the model's own
     robots_files: tuple[str, ...] = ()
     form: Form = "bfloat16"
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(versions=1))
@@ -78,7 +79,8 @@ class Request:
 class Opened(NamedTuple):
     """A request, looked at: nothing large is read."""
 
-    files: PolicyFiles
+    policy: PolicyConfig
+    files: PolicyFiles | None  # of the model's own policy, if it is for that
     backbone: BackboneConfig
     robot: Robot
     demonstrations: list[Demonstrations]
@@ -97,8 +99,13 @@ def features(request: Request, *, dry_run: bool = False) -> dict[str, Any]:
 
 
 def _open(request: Request) -> Opened:
-    files, backbone = read_policy(request.model), read_config(request.model)
-    check_backbone(files.config, backbone)
+    backbone = read_config(request.model)
+    if request.policy is None and not has_policy(request.model):
+        raise RequestError(f"{request.model} has no policy/: name the run that is to train one with --run")
+    files = read_policy(request.model) if request.policy is None else None
+    policy = request.policy if files is None else files.config
+    assert policy is not None
+    check_backbone(policy, backbone)
     robot = find_robot(request.robot, load_robots(request.robots_files))
     survey = read_survey(request.stats, robot)
     if len(set(request.sets)) < len(request.sets):
@@ -107,8 +114,8 @@ def _open(request: Request) -> Opened:
     for one in demonstrations:
         if not len(one):
             raise RequestError(f"{one.source.path} has no good episode: leave it out")
-    prompter = Prompter(partial(open_engine, request.model), files.config.instruction, [robot], request.room)
-    return Opened(files, backbone, robot, demonstrations, prompter)
+    prompter = Prompter(partial(open_engine, request.model), policy.instruction, [robot], request.room)
+    return Opened(policy, files, backbone, robot, demonstrations, prompter)
 
 
 # --- before it starts --------------------------------------------------------------------------------------------------------
@@ -121,7 +128,7 @@ def estimate(request: Request, opened: Opened) -> dict[str, Any]:
     frames = sum(steps) * request.augmentation.versions
     seen = [intent_tokens(example, opened.backbone)[0].sum() for example in examples]
     tokens = float(np.average(seen, weights=steps))
-    frame_bytes = tokens * store.token_bytes(request.form, opened.files.config.intent_width)
+    frame_bytes = tokens * store.token_bytes(request.form, opened.policy.intent_width)
     told: dict[str, Any] = {
         "out": request.out,
         "form": request.form,
@@ -137,8 +144,8 @@ def estimate(request: Request, opened: Opened) -> dict[str, Any]:
     if chip is not None:
         speed = OF_PEAK * chip.tflops * 1e12 * request.chips
         sizes = [(picture.grid.rows, picture.grid.columns) for picture in examples[0].pictures]
-        look = counts.intent_operations(opened.backbone, opened.files.config, sizes, len(examples[0].tokens))
-        learn_s = counts.learning_operations(opened.files.config, round(tokens)) / speed
+        look = counts.intent_operations(opened.backbone, opened.policy, sizes, len(examples[0].tokens))
+        learn_s = counts.learning_operations(opened.policy, round(tokens)) / speed
         told |= {
             "chip": name,
             "chips": request.chips,
@@ -264,11 +271,11 @@ def _make(request: Request, opened: Opened, told: dict[str, Any]) -> dict[str, A
     if leads:
         store.begin(directory, plan)
     _together("begun")
-    backbone = load_below(request.model, opened.files.config, mesh, request.hardware.compute)
+    backbone = load_below(request.model, opened.policy, mesh, request.hardware.compute)
     shards = [number for number in range(plan.shards)[jax.process_index() :: jax.process_count()] if not store.finished(directory, number)]
     count = ROWS * meshes.batch_shards(mesh)
     rows = FrameRows(plan, shards, opened.demonstrations, opened.prompter, request.augmentation, count)
-    look = partial(_look, backbone, blocks=opened.files.config.intent_block, dtype=np.float32 if plan.form == "int8" else plan.dtype)
+    look = partial(_look, backbone, blocks=opened.policy.intent_block, dtype=np.float32 if plan.form == "int8" else plan.dtype)
     _write(rows, directory, look, mesh, request.workers)
     _together("made")
     result: dict[str, Any] = {"made": sum(len(plan.shard(number)) for number in shards)}
@@ -286,7 +293,7 @@ def _together(what: str) -> None:
 
 
 def _plan(request: Request, opened: Opened, sets: tuple[FrameSet, ...]) -> Plan:
-    config, versions = opened.files.config, request.augmentation.versions
+    config, versions = opened.policy, request.augmentation.versions
     engine, dtype = opened.prompter.engine, request.hardware.compute.dtype
     key = key_of(engine, config, opened.robot, _fingerprint(request.model), request.augmentation, dtype)
     return Plan(opened.robot.name, key, request.form, config.intent_width, versions, request.per_shard, sets)
@@ -341,7 +348,7 @@ def _look(backbone: Mllm, prompts: Prompts, blocks: int, dtype: np.dtype) -> jax
 def _judged(request: Request, opened: Opened, backbone: Mllm, mesh: Mesh) -> dict[str, float] | None:
     """Of the policy that is there, if it drives this robot."""
     files, robot = opened.files, opened.robot
-    if robot.name not in files.statistics or files.robots[robot.name] != robot:
+    if files is None or robot.name not in files.statistics or files.robots[robot.name] != robot:
         return None
     actor = Actor(backbone, load_policy(request.model, files, mesh, request.hardware.compute), files, opened.prompter.engine, mesh)
     demonstrations = opened.demonstrations[0]

@@ -107,6 +107,28 @@ def moments(stage: Stage, model: str, intents: list[Intents] | None = None) -> M
 # --- what is made --------------------------------------------------------------------------------------------------------------
 
 
+def test_for_a_policy_that_is_not_there_yet(
+    stage: Stage, model: str, exact: list[Intents], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run names the block: the same intents, of the same key, without a policy/."""
+    bare = tmp_path / "model"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("policy"))
+    asked = request(stage, str(bare), "my_arm", tmp_path / "out", policy=POLICY)
+    features(asked)
+    found, wanted = open_intents(tmp_path / "out"), exact[list(ROBOTS).index("my_arm")]
+    assert found.plan.key == wanted.plan.key
+    for one, other in zip(found.frame(0, 0, 0, 0), wanted.frame(0, 0, 0, 0), strict=True):
+        np.testing.assert_array_equal(one, other)
+    folder = stage.folder
+    flags = ["--robot", "my_arm", "--robots-file", str(folder / "my_arm.yaml"), "--stats", str(folder / "my_arm.json")]
+    command = ["data", "features", str(bare), str(folder / "my_arm"), *flags, "--out", str(tmp_path / "other")]
+    assert main(command) == 2
+    assert "has no policy/: name the run that is to train one with --run" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("{base: a, out: b, steps: 1, batch: 1, optimizer: {rate: 1}, stage_one: {corpora: {c: 1}}}")
+    assert main([*command, "--run", str(tmp_path / "run.yaml")]) == 2
+    assert "run.yaml begins no new policy: it has no stage_two.policy" in capsys.readouterr().err
+
+
 def test_frames_are_those_of_acting(stage: Stage, model: str, exact: list[Intents]) -> None:
     """What `blm act` makes of the same pictures, one by one."""
     actor = load_actor(model)

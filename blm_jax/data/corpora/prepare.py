@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ from blm_jax.data.corpora.corpus import (
 from blm_jax.data.corpora.media import Media
 from blm_jax.data.corpora.sources import Item, Piece, Source
 from blm_jax.data.files import one_line, open_path, read_json, write_whole
-from blm_jax.data.prompt import SETTINGS, Example, Part, PromptEngine
+from blm_jax.data.prompt import SETTINGS, Example, Part, PromptEngine, Turn
 from blm_jax.data.vision.headers import picture_tokens, video_tokens
 from blm_jax.data.workers import in_order
 from blm_jax.errors import RequestError
@@ -98,7 +98,7 @@ def check_record(record: Any, media: Media, engine: PromptEngine, max_patches: i
     most = sum(_visual_tokens(part, engine) for _, parts in turns for part in parts if part["type"] != "text")
     if most > engine.max_length:
         raise RequestError(f"pictures and videos are {most} tokens, more than the {engine.max_length} allowed: make them smaller")
-    messages = [{"role": role, "content": [_written(part) for part in parts]} for role, parts in turns]
+    messages = _as_messages(turns)
     example = engine.encode(messages)
     if not example.supervised.any():
         raise RequestError("there is nothing to learn: the chat template writes no answer of the assistant's")
@@ -106,6 +106,15 @@ def check_record(record: Any, media: Media, engine: PromptEngine, max_patches: i
     if max_patches is not None and work > max_patches:
         raise RequestError(f"pictures and videos are {work} patches of work, more than the {max_patches} allowed: make them smaller")
     return messages, len(example.tokens), work
+
+
+def messages_of(turns: Sequence[Turn], media: Media) -> list[dict[str, Any]]:
+    """What the prompt engine reads, with the bytes of pictures."""
+    return _as_messages([(role, [_loaded(part, media) for part in parts]) for role, parts in turns])
+
+
+def _as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": [_written(part) for part in parts]} for role, parts in turns]
 
 
 def work_of(example: Example, engine: PromptEngine) -> int:

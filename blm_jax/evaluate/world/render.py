@@ -26,6 +26,7 @@ LIFT = 2e-4  # metres, that rays to the sun begin before a surface: rounding wou
 TABLE = ((-0.75, 0.55), (-0.6, 0.6))  # x and y
 RIM = 0.02  # metres
 COLOURS = {"table": (0.66, 0.65, 0.63), "rim": (0.42, 0.36, 0.31), "floor": (0.46, 0.49, 0.53), "wall": (0.80, 0.83, 0.86)}
+SHADE = 0.3  # of red and blue, by which the table's tone changes a metre along y and x: any patch of it tells where it is
 AMBIENT, WRAP, SUN = 0.52, 0.1, 0.5  # of light: everywhere, more where a surface looks to the sun, and the sun's own
 
 
@@ -155,9 +156,10 @@ def _ground(place: V, is_ground: jax.Array) -> tuple[jax.Array, ...]:
     """The colours of the table, of what is around it, and of the wall behind all."""
     (left, right), (near, far) = TABLE
     inside = jnp.minimum(jnp.minimum(place.x - left, right - place.x), jnp.minimum(place.y - near, far - place.y))
+    tones = (SHADE * place.y, 0.0, SHADE * place.x)
     return tuple(
-        jnp.where(~is_ground, wall, jnp.where(inside > RIM, table, jnp.where(inside > 0, rim, floor)))
-        for table, rim, floor, wall in zip(*(COLOURS[name] for name in ("table", "rim", "floor", "wall")), strict=True)
+        jnp.where(~is_ground, wall, jnp.where(inside > RIM, table + tone, jnp.where(inside > 0, rim, floor)))
+        for tone, table, rim, floor, wall in zip(tones, *(COLOURS[name] for name in ("table", "rim", "floor", "wall")), strict=True)
     )
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -24,15 +23,15 @@ from blm_jax.data.demos.recorder import Form, Recorder
 from blm_jax.data.demos.robots import Robot, load_robots
 from blm_jax.data.files import open_path, write_whole
 from blm_jax.errors import RequestError, RunError
-from blm_jax.evaluate.world import tasks, view
+from blm_jax.evaluate.world import tasks
 from blm_jax.evaluate.world.arms import ROBOTS
 from blm_jax.evaluate.world.runs import cells, rollout
 from blm_jax.evaluate.world.runs.cells import MOST, PREFIX, Episodes
+from blm_jax.evaluate.world.runs.frames import drawn
 from blm_jax.evaluate.world.scene import JOINTS, Setting, State
 from blm_jax.evaluate.world.tasks import TASKS
 
 ROWS, AT_ONCE = 64, 8  # episodes of a batch, and of those that are worked on at a time
-FRAMES = 64  # scenes that are drawn at a time
 EPISODE_BYTES = 500_000  # about as large as one becomes on disk
 MOST_NOISE = 0.2  # radians; with more no expert finds back
 TRIES = 3  # times as many attempts as episodes are asked for, at most
@@ -155,22 +154,7 @@ def _seeds(seed: int, episodes: Episodes) -> np.ndarray:
 def recording_of(attempt: Attempt, robot: Robot) -> Recording:
     numbers = np.concatenate([attempt.states.joints, attempt.states.opening[:, None]], axis=1)
     taken = [JOINTS if dimension.kind == "gripper" else i for i, dimension in enumerate(robot.state)]
-    pictures = drawn(attempt.setting, attempt.states)
+    settings = jax.tree.map(lambda x: np.broadcast_to(x, (len(numbers), *np.shape(x))), attempt.setting)
+    pictures = drawn(settings, attempt.states)
     images = {camera.name: pictures[:, i] for i, camera in enumerate(robot.cameras)}
     return Recording(attempt.instruction, numbers[:, taken], attempt.actions[:, taken], images)
-
-
-def drawn(setting: Setting, states: State) -> np.ndarray:
-    """What the cameras see of an episode, [frames, cameras, height, width, 3] uint8."""
-    count = len(states.joints)
-    places = np.minimum(np.arange(-(-count // FRAMES) * FRAMES), count - 1)  # programs have one shape
-    made = [
-        np.asarray(_pictures(setting, jax.tree.map(lambda x, some=some: x[some], states)))
-        for some in np.split(places, len(places) // FRAMES)
-    ]
-    return np.concatenate(made)[:count]
-
-
-@jax.jit
-def _pictures(setting: Setting, states: State) -> jax.Array:
-    return view.pictures(jax.vmap(view.shapes, (None, 0))(jax.tree.map(jnp.asarray, setting), states))

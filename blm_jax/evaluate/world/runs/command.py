@@ -6,10 +6,11 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,13 +22,15 @@ from blm_jax import mesh as meshes
 from blm_jax.config import HardwareConfig
 from blm_jax.convert.team import Team
 from blm_jax.data.files import open_path, read_json, write_whole
-from blm_jax.errors import RequestError
+from blm_jax.errors import RequestError, RunError
 from blm_jax.evaluate.world import tasks
 from blm_jax.evaluate.world.arms import ROBOTS
 from blm_jax.evaluate.world.runs import cells, rollout
 from blm_jax.evaluate.world.runs.cells import Episodes
+from blm_jax.evaluate.world.runs.film import Films, Take, take_of
 from blm_jax.evaluate.world.runs.pilot import Pilot
 from blm_jax.evaluate.world.runs.report import as_markdown, as_text, summary
+from blm_jax.evaluate.world.scene import Setting
 from blm_jax.evaluate.world.tasks import TASKS
 from blm_jax.infer.act import load_actor
 from blm_jax.weights.policy import read_policy
@@ -53,6 +56,7 @@ class Request:
     two: bool = False  # cubes lie where there would be one, and the instruction tells them apart
     blind: bool = False  # the policy sees black pictures
     shuffled: bool = False  # the policy is told of the other cube
+    films: int = 0  # of each cell's first episodes
     out: str | None = None
     backbone: str | None = None
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -67,6 +71,10 @@ class Request:
             if alone or not self.two:
                 lack = "give --two as well" if not self.two else f"{', '.join(alone)} has none: leave it out of --tasks"
                 raise RequestError(f"--shuffled names the other cube: {lack}")
+        if self.films and self.out is None:
+            raise RequestError("--films are written beside the table: give --out DIR as well")
+        if self.films > self.episodes:
+            raise RequestError(f"--films {self.films} is more than a cell has: it has --episodes {self.episodes}")
 
 
 def world(request: Request) -> dict[str, Any]:
@@ -77,11 +85,15 @@ def world(request: Request) -> dict[str, Any]:
     folder = _Folder(request, _identity(request, model))
     driver = _driver(request, model, mesh)
     loaded = time.perf_counter()
-    done = _run(request, driver, mesh, folder)
+    batches = _Batches(request, driver, mesh)
+    done = _run(batches, folder)
+    ran = time.perf_counter()
+    filmed = _film(batches, folder, done) if request.films else {}
     result = {
         **folder.identity,
         **summary(done, request.robots, request.tasks),
-        "seconds": {"load": loaded - start, "run": time.perf_counter() - loaded},
+        **filmed,
+        "seconds": {"load": loaded - start, "run": ran - loaded, "films": time.perf_counter() - ran},
         "hardware": {"devices": f"{mesh.size} {mesh.devices.flat[0].device_kind}", "mesh": dict(mesh.shape)},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
@@ -108,41 +120,68 @@ def _driver(request: Request, model: str, mesh: Mesh) -> rollout.Driver:
     return pilot
 
 
-def _run(request: Request, driver: rollout.Driver, mesh: Mesh, folder: _Folder) -> list[dict[str, Any]]:
-    every = cells.episodes_of(request.robots, request.tasks, request.episodes)
-    count, shards = len(every.robot), meshes.batch_shards(mesh)
-    # Always as many at a time: for fewer rows compilers round otherwise, and an episode would be another on a larger mesh.
-    rows = shards * AT_ONCE * max(1, min(ROWS // AT_ONCE, count // (shards * AT_ONCE)))
-    turn = rollout.make_turn(driver, mesh, AT_ONCE)
+class _Played(NamedTuple):
+    """A batch when its episodes are over, on its devices."""
+
+    episodes: Episodes
+    settings: Setting
+    traces: list[rollout.Trace]  # one a turn
+    at: rollout.Progress
+
+
+class _Batches:
+    """Always of as many rows: for fewer compilers round otherwise, and an episode would be another on a larger mesh."""
+
+    def __init__(self, request: Request, driver: rollout.Driver, mesh: Mesh):
+        self.request, self.driver, self.mesh = request, driver, mesh
+        self.every = cells.episodes_of(request.robots, request.tasks, request.episodes)
+        shards = meshes.batch_shards(mesh)
+        self.rows = shards * AT_ONCE * max(1, min(ROWS // AT_ONCE, len(self.every.robot) // (shards * AT_ONCE)))
+        self.turn = rollout.make_turn(driver, mesh, AT_ONCE)
+
+    def play(self, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, _Played]]:
+        """These of all episodes, batch after batch: which they are, and how they went. The last batch repeats its last episode."""
+        for first in range(0, len(wanted), self.rows):
+            places = wanted[first : first + self.rows]
+            repeated = np.pad(places, (0, self.rows - len(places)), mode="edge")
+            with meshes.use(self.mesh):
+                played = self._play(self.every.part(repeated))
+            yield places, played
+
+    def _play(self, episodes: Episodes) -> _Played:
+        request, driver, mesh, count = self.request, self.driver, self.mesh, self.rows
+        own = meshes.rows_of_process(mesh, count)
+        mine = episodes.part(own)
+        settings, states = cells.begin(np.uint32(request.seed), *mine, kind=cells.EVALUATION, two=request.two)
+        limits = np.array(tasks.LIMITS, np.int32)[mine.task]
+        rows = _rows(request, driver, settings, mine)
+        progress = rollout.started(driver, rows, settings, states)
+        rows, settings, limits, progress = (rollout.put(part, mesh, own, count) for part in (rows, settings, limits, progress))
+        traces = []
+        for number in range(-(-int(max(tasks.LIMITS[task] for task in episodes.task)) // driver.turn)):
+            progress, trace = self.turn(driver.values, rows, settings, limits, progress, np.int32(number))
+            traces.append(trace)
+        return _Played(episodes, settings, traces, progress)
+
+
+def _run(batches: _Batches, folder: _Folder) -> list[dict[str, Any]]:
+    count = len(batches.every.robot)
     done = list(folder.done)
     begun = int(multihost_utils.broadcast_one_to_all(np.int32(len(done))))  # the others need not see the directory
-    quiet = None if jax.process_index() == 0 else True
-    with tqdm(total=count, initial=begun, unit=" episodes", desc="world", disable=quiet) as bar, meshes.use(mesh):
-        for first in range(begun, count, rows):
-            places = np.minimum(np.arange(first, first + rows), count - 1)  # the last batch repeats its last episode
-            real = min(rows, count - first)
-            found = list(_batch(request, driver, turn, mesh, every.part(places)))[:real]
+    with tqdm(total=count, initial=begun, unit=" episodes", desc="world", disable=None if folder.leads else True) as bar:
+        for places, played in batches.play(np.arange(begun, count)):
+            found = _told(played)[: len(places)]
             folder.add(found)
             done += found
-            bar.update(real)
+            bar.update(len(places))
     return done
 
 
-def _batch(request: Request, driver: rollout.Driver, turn: rollout.Turn, mesh: Mesh, episodes: Episodes) -> Iterator[dict[str, Any]]:
-    count = len(episodes.robot)
-    own = meshes.rows_of_process(mesh, count)
-    mine = episodes.part(own)
-    settings, states = cells.begin(np.uint32(request.seed), *mine, kind=cells.EVALUATION, two=request.two)
-    limits = np.array(tasks.LIMITS, np.int32)[mine.task]
-    rows = _rows(request, driver, settings, mine)
-    progress = rollout.started(driver, rows, settings, states)
-    rows, settings, limits, progress = (rollout.put(part, mesh, own, count) for part in (rows, settings, limits, progress))
-    for number in range(-(-int(max(tasks.LIMITS[task] for task in episodes.task)) // driver.turn)):
-        progress, _ = turn(driver.values, rows, settings, limits, progress, np.int32(number))
-    told = progress.held, progress.first, progress.state.position[:, 0]
-    told = (np.asarray(multihost_utils.process_allgather(part, tiled=True)) for part in told)
-    for robot, task, number, held_for, once, end in zip(*episodes, *told, strict=True):
-        yield {
+def _told(played: _Played) -> list[dict[str, Any]]:
+    at = played.at
+    told = (np.asarray(multihost_utils.process_allgather(part, tiled=True)) for part in (at.held, at.first, at.state.position[:, 0]))
+    return [
+        {
             "robot": ROBOTS[robot],
             "task": TASKS[task],
             "episode": int(number),
@@ -151,6 +190,39 @@ def _batch(request: Request, driver: rollout.Driver, turn: rollout.Turn, mesh: M
             "steps": int(once),
             "end": [float(value) for value in end],  # where the first body was left
         }
+        for robot, task, number, held_for, once, end in zip(*played.episodes, *told, strict=True)
+    ]
+
+
+def _film(batches: _Batches, folder: _Folder, done: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Episodes that are not filmed yet are done once more: in batches of the same shape, so that they are the same, bit for bit."""
+    assert folder.path is not None
+    films, team = Films(folder.path), Team.of_all_processes()
+    wanted = np.flatnonzero(batches.every.number < batches.request.films)
+    lacks = films.missing(batches.every.part(wanted)) if folder.leads else np.zeros(len(wanted), bool)
+    lacks = wanted[np.flatnonzero(multihost_utils.broadcast_one_to_all(lacks.astype(np.int32)))]
+
+    def write(places: np.ndarray, found: Sequence[dict[str, Any]], take: Take) -> None:
+        for place, one in zip(places.tolist(), found, strict=True):
+            if done[place] != one:
+                raise RunError(
+                    f"episode {one['episode']} of {one['robot']}, {one['task']} went otherwise when it was filmed than {folder.path} says: "
+                    "if that was begun on another machine, go on there, or remove it"
+                )
+        films.write(take, found)
+
+    with tqdm(total=len(lacks), unit=" films", desc="films", disable=None if folder.leads else True) as bar:
+        for places, played in batches.play(lacks):
+            found, take = _told(played)[: len(places)], take_of(played.settings, played.traces, played.at)
+            team.together(partial(write, places, found, take) if folder.leads else lambda: None)
+            bar.update(len(places))
+    team.together(films.finish if folder.leads else lambda: None)
+    if not folder.leads:
+        return {}
+    names = ("robot", "task", "episode", "success")
+    shown = [{name: done[place][name] for name in names} for place in wanted.tolist()]
+    told = [{**one, "path": os.fspath(films.path(one["robot"], one["task"], one["episode"]))} for one in shown]
+    return {"films": told, "sheet": os.fspath(films.sheet)}
 
 
 def _rows(request: Request, driver: rollout.Driver, settings: Any, episodes: Episodes) -> Any:
@@ -169,7 +241,7 @@ class _Folder:
 
     def __init__(self, request: Request, whose: dict[str, Any]):
         asked = asdict(request)
-        for name in ("out", "backbone", "hardware", "model", "steps"):  # these change no episode
+        for name in ("out", "backbone", "hardware", "model", "steps", "films"):  # these change no episode
             del asked[name]
         self.identity = json.loads(json.dumps({"format": FORMAT, **whose, **asked, "limits": dict(zip(TASKS, tasks.LIMITS, strict=True))}))
         self.path = None if request.out is None else open_path(request.out)

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import jax
 from etils import epath
+from flax import nnx
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from blm_jax.config import BackboneConfig, DecoderConfig, TokenConfig, VisionConfig
+from blm_jax.config import BackboneConfig, ComputeConfig, DecoderConfig, TokenConfig, VisionConfig
 from blm_jax.convert.new import write_new_model
 from blm_jax.data.chat import WORDS
+from blm_jax.data.vision.pixels import PixelConfig
+from blm_jax.evaluate.world.talk.eyes import learn
+from blm_jax.evaluate.world.talk.questions import NAMES, REGIONS
+from blm_jax.evaluate.world.talk.stills import NOUNS, STEPS
 from blm_jax.evaluate.world.talk.talks import sentences
+from blm_jax.evaluate.world.talk.wordings import CHOOSE
 from blm_jax.evaluate.world.talk.wordings import WORDINGS as QUESTIONS
 from blm_jax.evaluate.world.tasks import COLOURS, TASKS, WORDINGS, instruction
 from blm_jax.evaluate.world.view import SIZE
+from blm_jax.models.layers import INIT_SCALE, Linear
+from blm_jax.models.mllm import Mllm
 
+BRANCH = 0.35  # of what attention and feed-forward layers add at first
+EMBEDDED = 0.1  # the standard deviation of words
+PIXELS = PixelConfig(min_pixels=28 * 28, max_pixels=4 * SIZE * SIZE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 VOCAB = 1024  # words and their parts, at most; 256 are the bytes, of which any text can be made
 SAID = 4000  # sentences that the words are taken from
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -37,7 +50,36 @@ TEMPLATE = """\
 def write_untrained(path: epath.PathLike, seed: int = 0) -> None:
     """A MODEL of some two million parameters drawn at random."""
     words = tokenizer(seed)
-    write_new_model(path, config_of(words), assets_of(words), seed)
+    config = config_of(words)
+    write_new_model(path, config, drawn(config, seed), assets_of(words))
+
+
+def write_seeing(path: epath.PathLike, seed: int = 0) -> list[dict[str, float]]:
+    """The same, but that its eyes have learned: see `eyes`. The losses on the way."""
+    words = tokenizer(seed)
+    config, assets = config_of(words), assets_of(words)
+    params = drawn(config, seed)
+    tower, log = learn(params["vision"], config, PIXELS, seed)
+    write_new_model(path, config, {**params, "vision": tower}, assets)
+    return log
+
+
+def drawn(config: BackboneConfig, seed: int) -> dict[str, Any]:
+    """Parameters at random: products keep the size of what they are given, and what layers add to it is small."""
+
+    def make() -> dict[str, Any]:
+        model = Mllm(config, ComputeConfig(), rngs=nnx.Rngs(seed))
+        for path, module in nnx.iter_graph(model):
+            if isinstance(module, Linear):
+                stacked = int(module.kernel.axes[0] == "layers")
+                fan = math.prod(module.kernel.shape[stacked : stacked + module.inputs])
+                share = BRANCH if path[-1] in ("out", "down") else 1.0
+                module.kernel[...] = module.kernel[...] * (share * fan**-0.5 / INIT_SCALE)
+        embedding = model.decoder.embed.embedding
+        embedding[...] = embedding[...] * (EMBEDDED / INIT_SCALE)
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    return jax.jit(make)()
 
 
 def config_of(words: Tokenizer) -> BackboneConfig:
@@ -50,7 +92,7 @@ def config_of(words: Tokenizer) -> BackboneConfig:
         pad=number["<|endoftext|>"],
     )
     width, heads = 128, 4
-    vision = VisionConfig(layers=3, width=width, heads=heads, ffn=3 * width, out_width=width, full_attention_layers=(0, 1, 2))
+    vision = VisionConfig(layers=3, width=width, heads=heads, ffn=3 * width, out_width=width, full_attention_layers=())
     decoder = DecoderConfig(
         layers=4,
         width=width,
@@ -88,6 +130,9 @@ def texts(seed: int) -> Iterator[str]:
         yield "system\nuser\nassistant\n"
     for learned, _ in QUESTIONS.values():
         yield from learned
+    names = " or ".join((*COLOURS, *NOUNS, *(f"{noun}s" for noun in NOUNS), *STEPS, *REGIONS, *NAMES.values()))
+    for words in (*CHOOSE[0], *CHOOSE[0]):
+        yield words.format(f"the {names}", f"A {names}, B {names}, C yes, D no") + " x -1 y -2"
     for task, wordings in zip(range(len(TASKS)), WORDINGS, strict=True):
         for wording in range(len(wordings)):
             for colour in range(len(COLOURS)):
@@ -99,13 +144,13 @@ def texts(seed: int) -> Iterator[str]:
 def assets_of(words: Tokenizer) -> dict[str, bytes]:
     """The files beside weights and config.json, by name."""
     pixels = {
-        "min_pixels": 28 * 28,
-        "max_pixels": 4 * SIZE * SIZE,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.25, 0.25, 0.25],
+        "min_pixels": PIXELS.min_pixels,
+        "max_pixels": PIXELS.max_pixels,
+        "patch_size": PIXELS.patch,
+        "temporal_patch_size": PIXELS.temporal_patch,
+        "merge_size": PIXELS.merge,
+        "image_mean": PIXELS.mean,
+        "image_std": PIXELS.std,
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
     }

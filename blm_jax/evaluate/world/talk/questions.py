@@ -24,7 +24,9 @@ CLEARLY_LEFT = 6  # pixels
 CLEARLY_NEARER = 0.03  # metres
 ROWS, COLUMNS = (-0.06, 0.06), (-0.08, 0.08)  # x and y between regions of the table
 CLEARLY_INSIDE = 0.01  # of a region
+NEAR = 2  # centimetres
 GRID = 100  # steps along either side of the first picture
+NEAR_STEPS = 4  # of these: about as much, where things lie
 COUNTS = ("0", "1", "2", "3")
 YES_NO = ("yes", "no")
 REGIONS = tuple(" ".join(words) for words in itertools.product(("far", "middle", "near"), ("left", "centre", "right")))
@@ -43,6 +45,7 @@ class Case:
     words: tuple[str, ...] = ()  # for the wording's {0}, {1}
     options: tuple[str, ...] = ()  # what the answer is one of; none where it is free
     group: str | None = ""  # cases whose answers are balanced with this one's; None where options differ from case to case
+    leeway: float | None = None  # of an answer in numbers: how far from it is still right
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Question:
     prompt: str
     answer: str
     choices: int  # 0 where the answer is free
+    leeway: float | None = None
 
 
 # --- what can be asked ---------------------------------------------------------------------------------------------------
@@ -99,9 +103,8 @@ def _of_things(still: Still) -> Iterator[Case]:
         words, (x, y) = (_name(thing),), thing.position[:2]
         if min(*(abs(x - bound) for bound in ROWS), *(abs(y - bound) for bound in COLUMNS)) >= CLEARLY_INSIDE:
             yield Case("region", REGIONS[3 * int(np.searchsorted(ROWS, x)) + int(np.searchsorted(COLUMNS, y))], words, REGIONS)
-        yield Case("place", f"x {round(100 * float(x))} y {round(100 * float(y))}", words)
-        column, row = (int(GRID * float(step) / SIZE) for step in thing.place)
-        yield Case("pixel", f"{column} {row}", words)
+        yield Case("place", _place(thing), words, leeway=NEAR)
+        yield Case("pixel", _pixel(thing), words, leeway=NEAR_STEPS)
 
 
 def _of_the_arm(still: Still) -> Iterator[Case]:
@@ -127,6 +130,25 @@ def _named(still: Still) -> list[Thing]:
 
 def _name(thing: Thing) -> str:
     return f"the {thing.colour} {thing.noun}"
+
+
+def _pixel(thing: Thing) -> str:
+    column, row = (int(GRID * float(step) / SIZE) for step in thing.place)
+    return f"{column} {row}"
+
+
+def _place(thing: Thing) -> str:
+    x, y = (round(100 * float(metres)) for metres in thing.position[:2])
+    return f"x {x} y {y}"
+
+
+def descriptions(still: Still) -> list[tuple[str, str]]:
+    """What to say and to answer of all things, from left to right."""
+    things = sorted(still.things, key=lambda thing: thing.place[0])
+    return [(words, ", ".join(f"{thing.colour} {thing.noun} {told(thing)}" for thing in things)) for words, told in DESCRIBE]
+
+
+DESCRIBE = (("what is on the table?", _pixel), ("what is on the table, in centimetres?", _place))
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------
@@ -206,4 +228,4 @@ class Asker:
         prompt = self._random.choice(WORDINGS[case.type][self._split]).format(*case.words)
         if said:
             prompt = self._random.choice(CHOOSE[self._split]).format(prompt, said)
-        return Question(case.type, prompt, answer, choices)
+        return Question(case.type, prompt, answer, choices, case.leeway)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -77,20 +77,20 @@ class Extras(NamedTuple):
     pose: Any  # [4, 4] of the tool
 
 
-def stills(seed: int, split: str) -> Iterator[Still]:
-    """Without end; those of another split are others."""
+def stills(seed: int, split: str, robots: bool = True) -> Iterator[Still]:
+    """Without end; those of another split are others. Without robots, things alone lie on the table."""
     random = np.random.default_rng([seed, *split.encode()])
     while True:
-        yield from _batch(random)
+        yield from _batch(random, robots)
 
 
-def _batch(random: np.random.Generator) -> Iterator[Still]:
+def _batch(random: np.random.Generator, may_have_arms: bool) -> Iterator[Still]:
     robots, wanted = random.integers(0, len(arms.ROBOTS), BATCH), random.integers(0, len(tasks.TASKS), BATCH)
     begun = _beginnings(int(random.integers(2**31)), robots, wanted)
-    drafts = [_Draft(random, *_one(begun, i), robot=int(robots[i])) for i in range(BATCH)]
+    drafts = [_Draft(random, *_one(begun, i), robot=int(robots[i]) if may_have_arms else None) for i in range(BATCH)]
     columns = zip(*(draft.arrays() for draft in drafts), strict=True)
     setting, state, extras = (jax.tree.map(lambda *leaves: np.stack(leaves), *column) for column in columns)
-    pictures, sizes, left, done = (np.asarray(array) for array in _drawn()(setting, state, extras))
+    pictures, sizes, left, done = (np.asarray(array) for array in _drawn(may_have_arms)(setting, state, extras))
     for i, draft in enumerate(drafts):
         still = draft.still(pictures[i], sizes[i], bool(done[i]))
         if (left[i] < REACHED).all() and still is not None:
@@ -111,17 +111,19 @@ def _reset() -> Callable:
 
 
 @cache
-def _drawn() -> Callable:
-    return jax.jit(drawn)
+def _drawn(may_have_arms: bool) -> Callable:
+    return jax.jit(partial(drawn, may_have_arms=may_have_arms))
 
 
-def drawn(setting: Setting, state: State, extras: Extras) -> tuple[jax.Array, ...]:
+def drawn(setting: Setting, state: State, extras: Extras, may_have_arms: bool = True) -> tuple[jax.Array, ...]:
     """Of a batch: pictures, the pixels of each thing in the first one, what hands lack to their poses, and whether tasks have succeeded."""
 
     def arranged(setting: Setting, state: State, extras: Extras) -> tuple[Shapes, jax.Array, jax.Array]:
+        if not may_have_arms:
+            return _shapes(setting, state, extras, may_have_arms), jnp.zeros(2), jnp.array(False)
         joints, left = reach(setting.arm, setting.base, extras.pose, setting.arm.ready, setting.arm.ready, ITERATIONS)
         state = state._replace(joints=jnp.where(extras.has_pose, joints, state.joints))
-        return _shapes(setting, state, extras), jnp.where(extras.has_pose, left, 0), tasks.succeeded(setting, state)
+        return _shapes(setting, state, extras, may_have_arms), jnp.where(extras.has_pose, left, 0), tasks.succeeded(setting, state)
 
     def sizes(shapes: Shapes) -> jax.Array:
         seen, _ = render.first_seen(shapes, view.CAMERAS["front"], view.SIZE)
@@ -134,7 +136,7 @@ def drawn(setting: Setting, state: State, extras: Extras) -> tuple[jax.Array, ..
     return view.pictures(shapes), jax.lax.map(sizes, shapes, batch_size=render.CHUNK), left, done
 
 
-def _shapes(setting: Setting, state: State, extras: Extras) -> Shapes:
+def _shapes(setting: Setting, state: State, extras: Extras, may_have_arms: bool) -> Shapes:
     """Bodies and loose things come first of their kinds."""
     bodies = view.body_shapes(setting.kind, setting.half, state.position, state.rotation, setting.colour)
     loose = view.body_shapes(extras.kind, extras.half, extras.position, extras.rotation, extras.colour)
@@ -145,6 +147,8 @@ def _shapes(setting: Setting, state: State, extras: Extras) -> Shapes:
         drum_half=extras.half[:, 2],
         drum_colour=extras.colour,
     )
+    if not may_have_arms:
+        return view.joined(bodies, drums)
     arm = view.arm_shapes(setting.arm, setting.base, state.joints, state.opening)
     arm = arm._replace(
         box_half=arm.box_half * extras.has_arm, rod_radius=arm.rod_radius * extras.has_arm, drum_radius=arm.drum_radius * extras.has_arm
@@ -158,7 +162,7 @@ def _shapes(setting: Setting, state: State, extras: Extras) -> Shapes:
 class _Draft:
     """A scene that is being laid out, begun as an episode of a task."""
 
-    def __init__(self, random: np.random.Generator, setting: Any, state: Any, robot: int):
+    def __init__(self, random: np.random.Generator, setting: Any, state: Any, robot: int | None):
         self.random, self.setting, self.state, self.robot = random, setting, state, robot
         self.extras = Extras(
             kind=np.full(LOOSE, NOTHING, np.int32),
@@ -177,7 +181,7 @@ class _Draft:
         # A few colours a scene: things of the same colour are worth counting.
         self.palette = random.choice(len(tasks.COLOURS), int(random.integers(1, 6)), replace=False)
         sort = random.random()
-        if sort < 0.36:
+        if robot is None or sort < 0.36:
             self._loose_things(most=BODIES + LOOSE)
         elif sort < 0.78:
             self._a_step(str(random.choice(STEPS, p=STEP_SHARES)))
@@ -204,7 +208,7 @@ class _Draft:
         return Still(
             pictures=pictures,
             things=tuple(Thing(noun, colour, position[i], places[i]) for noun, colour, i in zip(nouns, colours, there, strict=True)),
-            robot=arms.ROBOTS[self.robot] if has_arm else None,
+            robot=arms.ROBOTS[self.robot] if has_arm and self.robot is not None else None,
             base=self.setting.base,
             around=None if self.around is None else order[self.around],
             held=None if held < 0 else order[held],
@@ -226,7 +230,7 @@ class _Draft:
         self.setting = self.setting._replace(
             kind=np.full(BODIES, NOTHING, np.int32), goal_seen=np.array(False), has_bin=np.array(False), base=self._base()
         )
-        self.extras = self.extras._replace(has_arm=np.array(self.random.random() < 0.4))
+        self.extras = self.extras._replace(has_arm=np.array(self.robot is not None and self.random.random() < 0.4))
         self.state = self.state._replace(joints=self._joints(0.1))
         count = int(self.random.integers(1, most + 1))
         for number in range(BODIES + LOOSE - count, BODIES + LOOSE):  # the last ones may be cylinders
@@ -336,7 +340,7 @@ class _Draft:
 
     def _base(self) -> np.ndarray:
         """Where the arm stands in tasks whose things lie in the middle."""
-        return np.array([tasks.BASE_X[self.robot, tasks.PUSH], 0, 0], np.float32)
+        return np.array([tasks.BASE_X[self.robot or 0, tasks.PUSH], 0, 0], np.float32)
 
     def _joints(self, noise: float) -> np.ndarray:
         arm = self.setting.arm

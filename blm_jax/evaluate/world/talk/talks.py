@@ -10,45 +10,53 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
+from tqdm import tqdm
 
 from blm_jax.convert.output import Output
 from blm_jax.convert.team import Team
 from blm_jax.data.files import open_path
 from blm_jax.errors import RequestError
-from blm_jax.evaluate.world.talk.questions import Asker, Question
+from blm_jax.evaluate.world.talk.questions import Asker, Question, descriptions
 from blm_jax.evaluate.world.talk.stills import Still, stills
 from blm_jax.evaluate.world.talk.wordings import SPLITS
 from blm_jax.evaluate.world.tasks import COLOURS
 from blm_jax.evaluate.world.view import CAMERAS
 
 RECORDS = "records.jsonl"
-TURNS = 5  # about a scene, in training
-TURNS_TEST = 4
+TURNS = {"train": 5, "test": 4}  # about a scene
+TURNS_OF_THINGS = 5
 SCENE_BYTES, SENTENCE_BYTES = 10_000, 300  # about as large as these become on disk
 
 Record = dict[str, Any]
 
 
-def write(path: epath.PathLike, count: int, seed: int, split: str, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> int:
-    """Questions about so many scenes, into a directory that does not exist. How many questions there are."""
+def write(path: epath.PathLike, count: int, seed: int, split: str, robots: bool = True) -> int:
+    """Questions about so many scenes, into a directory that does not exist. How many questions there are.
+
+    Where there are no robots, each scene is described as well: all its things and where they are, which teaches to see.
+    """
     from PIL import Image
 
-    asker, scenes = Asker(seed, _known(split)), stills(seed, split)
+    asker, scenes = Asker(seed, _known(split)), stills(seed, split, robots)
+    most = TURNS[split] if robots else TURNS_OF_THINGS
     questions = 0
 
     def records(directory: epath.Path) -> Iterator[Record]:
         nonlocal questions
         (directory / "pictures").mkdir()
-        for number in progress(range(count)):
-            still, asked = _next_asked(scenes, asker, TURNS if split == "train" else TURNS_TEST)
+        for number in tqdm(range(count), unit=" scenes", desc="questions", disable=None):
+            still, asked = _next_asked(scenes, asker, most)
             names = [f"pictures/{number:06}_{camera}.png" for camera in CAMERAS]
             for name, picture in zip(names, still.pictures, strict=True):
                 with (directory / name).open("wb") as file:
                     Image.fromarray(picture).save(file, "PNG", compress_level=1)
+            if not robots:
+                # The last ones: they tell what others ask.
+                asked += [Question("list", words, answer, 0) for words, answer in descriptions(still)]
             questions += len(asked)
             yield from [_record(names, asked)] if split == "train" else (_record(names, [question]) for question in asked)
 
@@ -79,6 +87,7 @@ def _record(pictures: list[str], asked: list[Question]) -> Record:
         "conversations": turns,
         "types": [question.type for question in asked],
         "choices": [question.choices for question in asked],
+        "leeway": [question.leeway for question in asked],
     }
 
 

@@ -84,8 +84,9 @@ def test_the_same_on_eight_devices(model: str, alone: Path, tmp_path: Path) -> N
 
 
 def test_in_two_processes(model: str, alone: Path, tmp_path: Path) -> None:
-    said = in_processes(request(model, tmp_path / "both", "--mesh", "data=8,fsdp=1"), 2, 4)
+    said = in_processes(request(model, tmp_path / "both", "--mesh", "data=8,fsdp=1", "--films", "1"), 2, 4)
     assert rows_of(tmp_path / "both") == rows_of(alone)
+    assert len(list((tmp_path / "both" / "films").iterdir())) == 4 and (tmp_path / "both" / "films.png").exists()
     assert "a cell" in said[0] and not said[1]  # one of them speaks
 
 

@@ -25,7 +25,7 @@ from blm_jax.evaluate.world.arms import ROBOTS, TABLE
 from blm_jax.evaluate.world.render import look_at, project
 from blm_jax.evaluate.world.talk import questions, talks
 from blm_jax.evaluate.world.talk import stills as stills_module
-from blm_jax.evaluate.world.talk.questions import GRID, NAMES, REGIONS, Asker, Case
+from blm_jax.evaluate.world.talk.questions import GRID, NAMES, NEAR, NEAR_STEPS, REGIONS, Asker, Case
 from blm_jax.evaluate.world.talk.stills import Still, stills
 from blm_jax.evaluate.world.talk.wordings import SPLITS, WORDINGS
 from blm_jax.evaluate.world.tasks import COLOURS, PALETTE
@@ -412,11 +412,27 @@ def test_bad_requests(written: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_left_of_what_was_broken_off(tmp_path: Path) -> None:
-    def broken(numbers: Any) -> Any:
-        yield next(iter(numbers))
+def test_nothing_is_left_of_what_was_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(still: Still) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(talks, "descriptions", broken)
     with pytest.raises(KeyboardInterrupt):
-        talks.write(tmp_path / "x", 5, 0, "train", broken)
+        talks.write(tmp_path / "x", 5, 0, "train", robots=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_robots(tmp_path: Path) -> None:
+    """Things alone, and each scene described: in steps of the first picture, and in centimetres."""
+    talks.write(tmp_path / "things", 12, 3, "train", robots=False)
+    scenes = stills(3, "train", robots=False)
+    for record in records(tmp_path / "things"):
+        still = next(scenes)
+        assert still.robot is None and still.step is None and still.task is None
+        assert not set(record["types"]) & {"robot", "held", "graspable", "next", "success", "nearer", "is_nearer"}
+        assert record["types"][-2:] == ["list", "list"]
+        first, second = (turn["value"] for turn in record["conversations"][-3::2])
+        assert first.count(",") == second.count(",") == len(still.things) - 1
+        for thing in still.things:
+            assert f"{thing.colour} {thing.noun} x {round(100 * float(thing.position[0]))} y" in second
+        assert record["leeway"] == [{"place": NEAR, "pixel": NEAR_STEPS}.get(name) for name in record["types"]]

@@ -1,0 +1,135 @@
+"""The small base's eyes, before it has words: its vision tower learns what each cell of a picture shows, and where.
+
+Words alone teach a tower this small to see, but slowly: of a sentence, few tokens depend on the picture. Here each visual token says for
+itself which thing has its middle there, if any, and where that is. The layer that it says so with is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from blm_jax.batch import VisionRows
+from blm_jax.config import BackboneConfig, ComputeConfig
+from blm_jax.data.vision.pixels import PixelConfig, cut_patches, levels_of
+from blm_jax.evaluate.world import render
+from blm_jax.evaluate.world.talk.stills import NOUNS, Still, stills
+from blm_jax.evaluate.world.tasks import COLOURS
+from blm_jax.evaluate.world.view import CAMERAS, SIZE
+from blm_jax.models.layers import around
+from blm_jax.models.vision import VisionTower
+
+REACH = 0.25  # metres that x and y are divided by
+SCENES, BATCH, EPOCHS = 12_000, 32, 6
+RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
+SAID = 1 + len(COLOURS) + len(NOUNS) + 4 + 2  # is there a thing; its colour, noun, and places in picture and world; the cell's own place
+
+
+class Seen(NamedTuple):
+    """What is true of the cells of pictures, [pictures, cells] each."""
+
+    pictures: np.ndarray  # [pictures, size, size, 3] uint8; where they are learned from, patches [pictures, patches, values]
+    there: np.ndarray  # bool: the middle of a thing
+    colour: np.ndarray
+    noun: np.ndarray
+    place: np.ndarray  # [pictures, cells, 4] in the picture, from -1 to 1, and on the table, in REACH
+
+
+def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, seed: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The tower's parameters after it, and the losses on the way."""
+    seen = _gathered(islice(stills(seed, "train", robots=False), SCENES), SIZE // (pixels.merge * pixels.patch))
+    cells = seen.there.shape[1]
+    side = round(cells**0.5)
+    own = np.stack(np.meshgrid(*2 * [(np.arange(side) + 0.5) * 2 / side - 1], indexing="ij"), axis=-1).reshape(cells, 2).astype(np.float32)
+    steps = EPOCHS * SCENES // BATCH
+    rate = optax.warmup_cosine_decay_schedule(0, RATE, int(WARMUP * steps), steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, b2=0.98, weight_decay=0.01))
+    head = {"kernel": jnp.zeros((config.vision.out_width, SAID)), "bias": jnp.zeros(SAID)}
+    state = {"tower": params, "head": head}
+    moments = optimizer.init(state)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(state: Any, moments: Any, seen: Seen) -> tuple[Any, Any, dict[str, jax.Array]]:
+        (_, told), slopes = jax.value_and_grad(partial(_loss, config=config, levels=levels_of(pixels), own=own), has_aux=True)(state, seen)
+        updates, moments = optimizer.update(slopes, moments, state)
+        return optax.apply_updates(state, updates), moments, told
+
+    random, log = np.random.default_rng(seed), []
+    views = len(CAMERAS)
+    for number in tqdm(range(steps), unit=" steps", desc="eyes", disable=None):
+        scenes = random.choice(SCENES, BATCH, replace=False)
+        rows = (scenes[:, None] * views + np.arange(views)).ravel()
+        batch = Seen(*(part[rows] for part in seen))
+        patches = np.stack([cut_patches(picture[None], pixels) for picture in batch.pictures])
+        state, moments, told = step(state, moments, batch._replace(pictures=patches))
+        if (number + 1) % 50 == 0:
+            log.append({"step": number + 1, **{name: float(value) for name, value in told.items()}})
+    return state["tower"], log
+
+
+def _gathered(scenes: Iterator[Still], side: int) -> Seen:
+    """`side` cells along either side of a picture."""
+    parts = []
+    for still in tqdm(scenes, total=SCENES, unit=" scenes", desc="scenes", disable=None):
+        for camera, picture in zip(CAMERAS.values(), still.pictures, strict=True):
+            parts.append(_cells(still, camera, picture, side))
+    return Seen(*(np.stack(part) for part in zip(*parts, strict=True)))
+
+
+def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) -> Seen:
+    there = np.zeros(side * side, bool)
+    colour, noun = (np.zeros(side * side, np.int32) for _ in range(2))
+    place = np.zeros((side * side, 4), np.float32)
+    positions = np.stack([thing.position for thing in still.things]).astype(np.float32)
+    found, depth = render.project(camera, positions, SIZE)
+    for i in np.argsort(-depth):  # the nearest last: it hides the others
+        column, row = (np.clip(found[i] / SIZE, 0, 1 - 1e-6) * side).astype(int)
+        cell, thing = row * side + column, still.things[int(i)]
+        there[cell], colour[cell], noun[cell] = True, COLOURS.index(thing.colour), NOUNS.index(thing.noun)
+        place[cell] = *(2 * found[i] / SIZE - 1), *(thing.position[:2] / REACH)
+    return Seen(picture, there, colour, noun, place)
+
+
+def _loss(state: Any, seen: Seen, *, config: BackboneConfig, levels: Any, own: np.ndarray) -> tuple[jax.Array, dict[str, jax.Array]]:
+    tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=_rngs()), state["tower"])
+    said = tower(_rows(jnp.asarray(seen.pictures), levels, config.vision.merge)) @ state["head"]["kernel"] + state["head"]["bias"]
+    exists, colour, noun, place, own_place = jnp.split(said, np.cumsum([1, len(COLOURS), len(NOUNS), 4]), axis=-1)
+    there = jnp.asarray(seen.there, jnp.float32)
+
+    def where_there(values: jax.Array) -> jax.Array:
+        return jnp.sum(values * there) / jnp.sum(there)
+
+    off = jnp.abs(place - seen.place)
+    parts = {
+        "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists[..., 0], there)),
+        "colour": where_there(optax.softmax_cross_entropy_with_integer_labels(colour, seen.colour)),
+        "noun": where_there(optax.softmax_cross_entropy_with_integer_labels(noun, seen.noun)),
+        "place": 4 * where_there(jnp.mean(off, axis=-1)),
+        "own": jnp.mean(jnp.abs(own_place - own)),
+    }
+    told = {**parts, "off_cm": 100 * REACH * where_there(jnp.mean(off[..., 2:], axis=-1))}
+    return sum(parts.values(), jnp.float32(0)), told
+
+
+def _rows(patches: jax.Array, levels: Any, merge: int) -> VisionRows:
+    """A row a picture, which is one window."""
+    rows, count = patches.shape[:2]
+    side = round(count**0.5)
+    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1)
+    places = grid.reshape(side // merge, merge, side // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(count, 2)
+    ones = np.ones((rows, count), np.int32)
+    return VisionRows(patches, ones, ones, np.broadcast_to(places.astype(np.int32), (rows, count, 2)), groups=rows, levels=levels)
+
+
+def _rngs() -> Any:
+    from flax import nnx
+
+    return nnx.Rngs(0)

@@ -1,0 +1,74 @@
+"""The small base: a MODEL as any other, drawn the same from the same seed, and eyes that learn what is in a picture and where."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from blm_jax.data.chat import load_tokenizer
+from blm_jax.evaluate.world.talk import base, eyes
+from blm_jax.evaluate.world.talk.questions import Asker
+from blm_jax.evaluate.world.talk.stills import stills
+from blm_jax.weights.source import read_config
+
+LARGEST = 10_000_000  # bytes: it is part of the package
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "untrained"
+    base.write_untrained(path)
+    return path
+
+
+def test_it_is_a_model_as_any_other(untrained: Path) -> None:
+    """transformers loads it, and finds every weight."""
+    loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(untrained, output_loading_info=True)
+    model, told = loaded
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    assert 1e6 < model.num_parameters() < 3e6
+    assert sum(file.stat().st_size for file in untrained.iterdir()) <= LARGEST
+    words = AutoTokenizer.from_pretrained(untrained)
+    chat = [{"role": "user", "content": "what is on the table?"}]
+    text = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert words(text).input_ids == load_tokenizer(untrained).encode(text)
+    assert Qwen2VLImageProcessorPil.from_pretrained(untrained).patch_size == base.PIXELS.patch
+
+
+def test_a_seed_gives_the_same_bytes(untrained: Path, tmp_path: Path) -> None:
+    base.write_untrained(tmp_path / "again")
+    base.write_untrained(tmp_path / "other", seed=1)
+    for file in untrained.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() != (untrained / "model.safetensors").read_bytes()
+
+
+def test_what_is_said_here_are_words_and_not_letters(untrained: Path) -> None:
+    """Of training's questions: hardly more tokens than words and digits."""
+    tokenizer = load_tokenizer(untrained)
+    asker, scenes = Asker(0, "train"), stills(0, "train")
+    texts = [text for _ in range(40) for question in asker.ask(next(scenes), 5) for text in (question.prompt, question.answer)]
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    words = sum(len(re.findall(r"[a-zA-Z]+|\d|[^\sa-zA-Z\d]", text)) for text in texts)
+    assert tokens < 1.15 * words
+
+
+def test_eyes_learn(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few scenes seen often: their colours are told, and where things are; the rest of the tree is no business of theirs."""
+    monkeypatch.setattr(eyes, "SCENES", 64)
+    monkeypatch.setattr(eyes, "EPOCHS", 50)
+    config = read_config(untrained)
+    params = base.drawn(config, 0)
+    tower, log = eyes.learn(params["vision"], config, base.PIXELS, 0)
+    first, last = log[0], log[-1]
+    assert last["colour"] < 0.5 * first["colour"] and last["place"] < 0.8 * first["place"]
+    assert last["there"] < first["there"]
+    assert np.abs(np.asarray(tower["patch_embed"]["kernel"]) - np.asarray(params["vision"]["patch_embed"]["kernel"])).max() > 1e-3
+    json.dumps(log)
