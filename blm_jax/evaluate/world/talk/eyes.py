@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from tqdm import tqdm
 
 from blm_jax.batch import VisionRows
@@ -30,6 +31,7 @@ from blm_jax.models.vision import VisionTower
 REACH = 0.25  # metres that x and y are divided by
 SCENES, BATCH, EPOCHS = 12_000, 32, 6
 RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
+TOLD = 50  # steps between those whose losses are told
 SAID = 1 + len(COLOURS) + len(NOUNS) + 4 + 2  # is there a thing; its colour, noun, and places in picture and world; the cell's own place
 
 
@@ -49,11 +51,11 @@ def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, s
     cells = seen.there.shape[1]
     side = round(cells**0.5)
     own = np.stack(np.meshgrid(*2 * [(np.arange(side) + 0.5) * 2 / side - 1], indexing="ij"), axis=-1).reshape(cells, 2).astype(np.float32)
-    steps = EPOCHS * SCENES // BATCH
+    views, steps = len(CAMERAS), EPOCHS * SCENES // BATCH
     rate = optax.warmup_cosine_decay_schedule(0, RATE, int(WARMUP * steps), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, b2=0.98, weight_decay=0.01))
     head = {"kernel": jnp.zeros((config.vision.out_width, SAID)), "bias": jnp.zeros(SAID)}
-    state = {"tower": params, "head": head}
+    state = {"tower": jax.tree.map(jnp.copy, params), "head": head}  # a step uses up what it is given
     moments = optimizer.init(state)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -63,14 +65,13 @@ def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, s
         return optax.apply_updates(state, updates), moments, told
 
     random, log = np.random.default_rng(seed), []
-    views = len(CAMERAS)
     for number in tqdm(range(steps), unit=" steps", desc="eyes", disable=None):
         scenes = random.choice(SCENES, BATCH, replace=False)
         rows = (scenes[:, None] * views + np.arange(views)).ravel()
         batch = Seen(*(part[rows] for part in seen))
         patches = np.stack([cut_patches(picture[None], pixels) for picture in batch.pictures])
         state, moments, told = step(state, moments, batch._replace(pictures=patches))
-        if (number + 1) % 50 == 0:
+        if (number + 1) % TOLD == 0:
             log.append({"step": number + 1, **{name: float(value) for name, value in told.items()}})
     return state["tower"], log
 
@@ -99,7 +100,7 @@ def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) 
 
 
 def _loss(state: Any, seen: Seen, *, config: BackboneConfig, levels: Any, own: np.ndarray) -> tuple[jax.Array, dict[str, jax.Array]]:
-    tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=_rngs()), state["tower"])
+    tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=nnx.Rngs(0)), state["tower"])
     said = tower(_rows(jnp.asarray(seen.pictures), levels, config.vision.merge)) @ state["head"]["kernel"] + state["head"]["bias"]
     exists, colour, noun, place, own_place = jnp.split(said, np.cumsum([1, len(COLOURS), len(NOUNS), 4]), axis=-1)
     there = jnp.asarray(seen.there, jnp.float32)
@@ -127,9 +128,3 @@ def _rows(patches: jax.Array, levels: Any, merge: int) -> VisionRows:
     places = grid.reshape(side // merge, merge, side // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(count, 2)
     ones = np.ones((rows, count), np.int32)
     return VisionRows(patches, ones, ones, np.broadcast_to(places.astype(np.int32), (rows, count, 2)), groups=rows, levels=levels)
-
-
-def _rngs() -> Any:
-    from flax import nnx
-
-    return nnx.Rngs(0)

@@ -32,7 +32,7 @@ YES_NO = ("yes", "no")
 REGIONS = tuple(" ".join(words) for words in itertools.product(("far", "middle", "near"), ("left", "centre", "right")))
 NAMES = {"panda": "Panda", "xarm6": "xArm 6", "xarm7": "xArm 7", "widowxai": "WidowX"}
 LETTERS = "ABCD"
-TELLING = ("colour", "shape")  # types whose answers other questions tell by naming things: one of them a scene, and first
+TELLING = ("colour", "shape")  # types whose answers other questions tell by naming things: one of them a scene
 LEEWAY = 2  # that an answer may be ahead of the rarest one of its type
 
 
@@ -187,8 +187,8 @@ class Asker:
             if len(found) < most and not told and (question := self._one(by_type[name])) is not None:
                 self._asked[name] += 1
                 found.append(question)
-        self._random.shuffle(found)
-        return sorted(found, key=lambda question: question.type not in TELLING)
+        self._random.shuffle(found)  # any may come first: a model would learn what is asked from when it is asked
+        return found
 
     def _one(self, given: list[Case]) -> Question | None:
         self._random.shuffle(given)

@@ -28,7 +28,7 @@ from blm_jax.evaluate.world.view import CAMERAS
 
 RECORDS = "records.jsonl"
 TURNS = {"train": 5, "test": 4}  # about a scene
-TURNS_OF_THINGS = 5
+TURNS_OF_THINGS = 6
 SCENE_BYTES, SENTENCE_BYTES = 10_000, 300  # about as large as these become on disk
 
 Record = dict[str, Any]
@@ -37,7 +37,7 @@ Record = dict[str, Any]
 def write(path: epath.PathLike, count: int, seed: int, split: str, robots: bool = True) -> int:
     """Questions about so many scenes, into a directory that does not exist. How many questions there are.
 
-    Where there are no robots, each scene is described as well: all its things and where they are, which teaches to see.
+    Where there are no robots, every second scene is described instead: all its things and where they are, which teaches to see.
     """
     from PIL import Image
 
@@ -54,9 +54,9 @@ def write(path: epath.PathLike, count: int, seed: int, split: str, robots: bool 
             for name, picture in zip(names, still.pictures, strict=True):
                 with (directory / name).open("wb") as file:
                     Image.fromarray(picture).save(file, "PNG", compress_level=1)
-            if not robots:
-                # The last ones: they tell what others ask.
-                asked += [Question("list", words, answer, 0) for words, answer in descriptions(still)]
+            if not robots and number % 2:
+                described = [Question("list", words, answer, 0) for words, answer in descriptions(still)]
+                asked = described if number % 4 == 1 else described[::-1]
             questions += len(asked)
             yield from [_record(names, asked)] if split == "train" else (_record(names, [question]) for question in asked)
 

@@ -38,9 +38,9 @@ SCENES = 400
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     """With LLVM's optimiser, which other tests do without: rays take ten times as long."""
-    compiled = jax.jit(stills_module.drawn, compiler_options={"xla_backend_optimization_level": 1})
+    compiled = jax.jit(stills_module.drawn, static_argnames="may_have_arms", compiler_options={"xla_backend_optimization_level": 1})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stills_module, "_drawn", lambda: compiled)
+        patch.setattr(stills_module, "_drawn", lambda may_have_arms: functools.partial(compiled, may_have_arms=may_have_arms))
         yield
 
 
@@ -423,16 +423,29 @@ def test_nothing_is_left_of_what_was_broken_off(tmp_path: Path, monkeypatch: pyt
 
 
 def test_without_robots(tmp_path: Path) -> None:
-    """Things alone, and each scene described: in steps of the first picture, and in centimetres."""
-    talks.write(tmp_path / "things", 12, 3, "train", robots=False)
-    scenes = stills(3, "train", robots=False)
-    for record in records(tmp_path / "things"):
+    """Things alone; every second scene is described, in steps of the first picture and in centimetres, in either order."""
+    talks.write(tmp_path / "things", 16, 3, "train", robots=False)
+    scenes, firsts = stills(3, "train", robots=False), set()
+    for number, record in enumerate(records(tmp_path / "things")):
         still = next(scenes)
         assert still.robot is None and still.step is None and still.task is None
         assert not set(record["types"]) & {"robot", "held", "graspable", "next", "success", "nearer", "is_nearer"}
-        assert record["types"][-2:] == ["list", "list"]
-        first, second = (turn["value"] for turn in record["conversations"][-3::2])
-        assert first.count(",") == second.count(",") == len(still.things) - 1
-        for thing in still.things:
-            assert f"{thing.colour} {thing.noun} x {round(100 * float(thing.position[0]))} y" in second
         assert record["leeway"] == [{"place": NEAR, "pixel": NEAR_STEPS}.get(name) for name in record["types"]]
+        assert (record["types"] == ["list", "list"]) == (number % 2 == 1)
+        if number % 2:
+            said = {
+                turn["value"].split("\n")[-1]: answer["value"] for turn, answer in zip(*2 * [iter(record["conversations"])], strict=True)
+            }
+            firsts.add(record["conversations"][0]["value"].split("\n")[-1])
+            metric = said["what is on the table, in centimetres?"]
+            assert metric.count(",") == said["what is on the table?"].count(",") == len(still.things) - 1
+            for thing in still.things:
+                assert f"{thing.colour} {thing.noun} x {round(100 * float(thing.position[0]))} y" in metric
+    assert len(firsts) == 2
+
+
+def test_any_type_may_be_asked_first() -> None:
+    """Or a model would learn what is asked from when it is asked."""
+    asker, scenes = Asker(0, "train"), stills(0, "train")
+    firsts = Counter(asked[0].type for _ in range(200) if (asked := asker.ask(next(scenes), 5)))
+    assert len(firsts) >= 15 and firsts.most_common(1)[0][1] < 40
