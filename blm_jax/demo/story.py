@@ -29,6 +29,7 @@ HOME = "out/demo"  # in these configs
 BASE = Path(__file__).resolve().parents[1] / "assets" / "base"  # as it comes with the package
 ROBOTS = ("panda", "xarm6", "xarm7", "widowxai")
 TASKS = ("PickCube", "PushCube", "PullCube")
+INSTRUCTION = 32  # tokens of the longest one, as stage_two.yaml has it
 CONFIGURED = ("base", "stage_one", "stage_two")
 
 
@@ -74,7 +75,7 @@ def story(demo: Demo) -> Story:
         parts = {"base": _base(demo), **parts}
     one, two, untrained, test = (demo.path(name) for name in ("stage_one", "stage_two", "untrained", "test"))
     parts["questions"] = {"answers": ["eval", "questions", one, test, "--out", demo.path("answers")]}
-    run = ["--run", demo.path("configs/stage_two.yaml")]
+    run = ["--run", demo.path("configs/stage_two.yaml"), "--instruction-tokens", str(INSTRUCTION)]
     parts["intents"] = {
         name: ["data", "features", one, sets, "--robot", name, "--stats", stats, *run, "--out", intents]
         for name, sets, stats, intents in demo.robots()
@@ -188,6 +189,8 @@ def _begin(demo: Demo, directory: epath.Path, parts: Story) -> None:
         return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RequestError(f"{demo.out} exists and is no demo: choose another --out, or remove it")
+    if not demo.from_scratch and not BASE.is_dir():
+        raise RequestError("the small base that the demo begins from is not in this checkout yet: make it with --from-scratch")
     for name in CONFIGURED:
         text = (CONFIGS / f"{name}.yaml").read_text().replace(f"{HOME}/", f"{demo.out}/")
         write_whole(directory / "configs" / f"{name}.yaml", text.encode())

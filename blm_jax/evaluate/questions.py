@@ -29,7 +29,7 @@ from blm_jax.data.files import one_line, open_path, write_whole
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.errors import RequestError
 from blm_jax.evaluate.answers import NUMBER, distance, is_right, plain
-from blm_jax.infer.session import load
+from blm_jax.infer.session import Model, load
 from blm_jax.weights.engine import open_engine
 
 BATCH = 64  # questions of a device at a time
@@ -69,21 +69,8 @@ def questions(request: Request) -> dict[str, Any]:
     wanted = meshes.serving(engine.config) if request.hardware.mesh == MeshConfig() else request.hardware.mesh
     mesh = meshes.make_mesh(wanted)
     model = load(request.model, mesh, request.hardware.compute, engine, request.backbone)
-    rows = BATCH * meshes.batch_shards(mesh)
-    # Of one length together: prompts are padded to the longest beside them.
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt.tokens))
-    said: dict[str, list[str]] = {"seen": [""] * len(asked), "blind": [""] * len(asked)}
-    quiet = None if jax.process_index() == 0 else True
     loaded = time.perf_counter()
-    with tqdm(total=2 * len(asked), unit=" answers", desc="questions", disable=quiet) as bar:
-        for name, answers in said.items():
-            for first in range(0, len(order), rows):
-                places = order[first : first + rows]
-                prompts = [asked[i].prompt if name == "seen" else _blind(asked[i].prompt) for i in places]
-                given = model.generate_batch(prompts, SamplingConfig(max_new_tokens=LONGEST))
-                for i, answer in zip(places, given, strict=True):
-                    answers[i] = answer.text.strip()
-                bar.update(len(places))
+    said = _said(model, asked, BATCH * meshes.batch_shards(mesh))
     rows_of: dict[str, list[int]] = {}
     for i, one in enumerate(asked):
         rows_of.setdefault(one.type, []).append(i)
@@ -99,6 +86,24 @@ def questions(request: Request) -> dict[str, Any]:
     if request.out is not None:
         _write(request.out, result, asked, said)
     return result
+
+
+def _said(model: Model, asked: Sequence[Asked], rows: int) -> dict[str, list[str]]:
+    """The answers to all, with their pictures and with black ones."""
+    # Of one length together: prompts are padded to the longest beside them.
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt.tokens))
+    said = {"seen": [""] * len(asked), "blind": [""] * len(asked)}
+    quiet = None if jax.process_index() == 0 else True
+    with tqdm(total=2 * len(asked), unit=" answers", desc="questions", disable=quiet) as bar:
+        for name, answers in said.items():
+            for first in range(0, len(order), rows):
+                places = order[first : first + rows]
+                prompts = [asked[i].prompt if name == "seen" else _blind(asked[i].prompt) for i in places]
+                given = model.generate_batch(prompts, SamplingConfig(max_new_tokens=LONGEST))
+                for i, answer in zip(places, given, strict=True):
+                    answers[i] = answer.text.strip()
+                bar.update(len(places))
+    return said
 
 
 def _read(request: Request, engine: PromptEngine) -> Iterator[Asked]:

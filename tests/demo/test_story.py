@@ -18,6 +18,14 @@ from blm_jax.flags import parse
 from blm_jax.recipe import Run
 
 
+@pytest.fixture(autouse=True)
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "package" / "base"
+    path.mkdir(parents=True)
+    monkeypatch.setattr(telling, "BASE", path)
+    return path
+
+
 @pytest.mark.parametrize("from_scratch", [False, True])
 def test_every_command_is_one_of_blm(tmp_path: Path, from_scratch: bool) -> None:
     demo = Demo(str(tmp_path / "demo"), seed=3, from_scratch=from_scratch)
@@ -79,7 +87,7 @@ def test_what_is_written_whole_is_not_written_again(tmp_path: Path) -> None:
     assert [command[3:4] for command in ran].count([str(out / "questions")]) == 1
 
 
-def test_another_demo_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_demo_is_left_alone(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "demo")
     play(Demo(out), lambda command: {})
     with pytest.raises(RequestError, match="holds another demo, of another seed"):
@@ -89,6 +97,10 @@ def test_another_demo_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["demo", "--out", str(tmp_path / "else")]) == 2
     assert "else exists and is no demo: choose another --out, or remove it" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "else").iterdir()] == ["file"]
+    base.rmdir()
+    with pytest.raises(RequestError, match="is not in this checkout yet: make it with --from-scratch"):
+        play(Demo(str(tmp_path / "new")), lambda command: {})
+    assert not (tmp_path / "new").exists()
     with pytest.raises(RequestError, match="lies in a bucket"):
         play(Demo("gs://b/demo"), lambda command: {})
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()).keys() == story(Demo(out)).keys()

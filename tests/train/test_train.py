@@ -108,8 +108,9 @@ def test_it_goes_on_on_another_mesh(world: World, expected: Path, tmp_path: Path
         assert losses_of(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4)
 
 
-def test_kills_leave_no_trace(world: World, tmp_path: Path) -> None:
-    """kill -9 at ten moments, saves among them: what goes on ends bit for bit where a run without a kill does."""
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_kills_leave_no_trace(world: World, tmp_path: Path, kills: int) -> None:
+    """kill -9 at so many moments, saves among them: what goes on ends bit for bit where a run without a kill does."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     with subprocess.Popen(
         [sys.executable, "-m", "tests.train.nursery"],
@@ -128,7 +129,7 @@ def test_kills_leave_no_trace(world: World, tmp_path: Path) -> None:
             return int(nursery.stdout.readline())  # pyright: ignore[reportOptionalMemberAccess]
 
         rng, reached = np.random.default_rng(0), []
-        for _ in range(10):
+        for _ in range(kills):
             assert start("killed", int(rng.integers(1, 6)), rng.uniform(0, 0.1)) == -signal.SIGKILL
             reached.append(max((int(path.parent.name) for path in finished(tmp_path / "killed")), default=0))
         assert start("killed") == 0 and start("whole") == 0

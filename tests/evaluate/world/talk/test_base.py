@@ -62,8 +62,8 @@ def test_what_is_said_here_are_words_and_not_letters(untrained: Path) -> None:
 
 def test_eyes_learn(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few scenes seen often: their colours are told, and where things are; the rest of the tree is no business of theirs."""
-    monkeypatch.setattr(eyes, "SCENES", 64)
-    monkeypatch.setattr(eyes, "EPOCHS", 50)
+    for name, number in {"SCENES": 16, "BATCH": 8, "EPOCHS": 40, "TOLD": 20}.items():
+        monkeypatch.setattr(eyes, name, number)
     config = read_config(untrained)
     params = base.drawn(config, 0)
     tower, log = eyes.learn(params["vision"], config, base.PIXELS, 0)
