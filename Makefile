@@ -17,7 +17,7 @@ install: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Two processes of four devices each: minutes on two cores.
+# What takes minutes each: two processes of four devices, more meshes, more kills, the demo in small.
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long -o faulthandler_timeout=1800
 
