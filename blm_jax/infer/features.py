@@ -100,11 +100,13 @@ def features(request: Request, *, dry_run: bool = False) -> dict[str, Any]:
 
 def _open(request: Request) -> Opened:
     backbone = read_config(request.model)
-    if request.policy is None and not has_policy(request.model):
+    if request.policy is not None:
+        files, policy = None, request.policy
+    elif has_policy(request.model):
+        files = read_policy(request.model)
+        policy = files.config
+    else:
         raise RequestError(f"{request.model} has no policy/: name the run that is to train one with --run")
-    files = read_policy(request.model) if request.policy is None else None
-    policy = request.policy if files is None else files.config
-    assert policy is not None
     check_backbone(policy, backbone)
     robot = find_robot(request.robot, load_robots(request.robots_files))
     survey = read_survey(request.stats, robot)
