@@ -21,7 +21,8 @@ from absl import flags
 from blm_jax.errors import RequestError
 
 Row = TypeVar("Row", covariant=True)
-ENDLESS = 2**62  # rows: a run ends with its steps, not with its data
+ENDLESS = 2**62  # pieces: a run ends with its steps, not with its data
+PIECES = 8  # that a host's part of a batch is read in, at least: handing one over costs more than reading a small row
 
 
 class Rows(Protocol[Row]):
@@ -57,10 +58,11 @@ def host_rows(batch: int, host: int, hosts: int) -> range:
 
 @dataclass(frozen=True)
 class _OfHost:
-    """Rows as grain wants them: those of a host, one step after the other."""
+    """Rows as grain wants them: those of a host, some at a time, one step after the other."""
 
     rows: Rows[Any]
     own: Sequence[int]
+    each: int  # rows of a piece; the last one of a step may have fewer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Here a worker process begins. Launchers tell all processes to stop, and the run saves first: it ends its workers itself."""
@@ -71,9 +73,15 @@ class _OfHost:
     def __len__(self) -> int:
         return ENDLESS
 
+    @property
+    def pieces(self) -> int:
+        """Of each step."""
+        return -(-len(self.own) // self.each)
+
     def __getitem__(self, index: int) -> Any:
-        step, place = divmod(int(index), len(self.own))
-        return _taken_apart(self.rows.read(step, self.own[place]))
+        step, piece = divmod(int(index), self.pieces)
+        own = self.own[piece * self.each : (piece + 1) * self.each]
+        return _joined([_taken_apart(self.rows.read(step, row)) for row in own])
 
 
 class Loader(Generic[Row]):
@@ -95,7 +103,8 @@ class Loader(Generic[Row]):
             raise RequestError(f"a loader starts at step {start} with {workers} workers, {ahead} batches ahead: 0, 0 and 1 are the least")
         self.step = start
         self.waited = 0.0  # seconds, for the last batch
-        self._rows, self._own = rows, rows.host_rows(host, hosts) if own is None else own
+        own = rows.host_rows(host, hosts) if own is None else own
+        self._rows, self._of_host = rows, _OfHost(rows, own, -(-len(own) // max(PIECES, workers)))
         self._workers, self._ahead = workers, ahead
         self._iterator: Iterator[Any] | None = None
 
@@ -113,18 +122,18 @@ class Loader(Generic[Row]):
                 self._rows.ready(self.step)
             if self._iterator is None:
                 self._iterator = self._begin()
-            parts = [next(self._iterator) for _ in self._own]
+            parts = [next(self._iterator) for _ in range(self._of_host.pieces)]
         except BaseException:
             self.close()  # in the middle of a batch: whoever goes on in spite of it begins this one again
             raise
         self.waited = time.perf_counter() - start
         self.step += 1
-        return joined(parts)
+        return _whole(_joined(parts))
 
     def _begin(self) -> Iterator[Any]:
-        count = len(self._own)
-        dataset = grain.MapDataset.source(_OfHost(self._rows, self._own))[self.step * count :]
-        buffered = self._ahead * count
+        pieces = self._of_host.pieces
+        dataset = grain.MapDataset.source(self._of_host)[self.step * pieces :]
+        buffered = self._ahead * pieces
         if not self._workers:
             return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=min(4, buffered), prefetch_buffer_size=buffered)))
         if not flags.FLAGS.is_parsed():
@@ -161,16 +170,30 @@ def _taken_apart(value: Any) -> Any:
     return {"": _Apart(type(value), {name: part for name, part in parts.items() if name not in arrays}), **arrays}
 
 
-def joined(parts: Sequence[Any]) -> Any:
-    """One batch of several, row after row."""
+def _joined(parts: Sequence[Any]) -> Any:
+    """Several rows that were taken apart, one after the other, as one that was."""
     first = parts[0]
+    if not isinstance(first, np.ndarray | dict):
+        raise TypeError(f"rows are made of arrays, not of {type(first).__name__}")
+    if len(parts) == 1:
+        return first
     if isinstance(first, np.ndarray):
         return np.concatenate(parts)
-    if not isinstance(first, dict):
-        raise TypeError(f"rows are made of arrays, not of {type(first).__name__}")
     apart: _Apart = first[""]
-    made = {name: joined([part[name] for part in parts]) for name in first if name}
     rest = dict(apart.rest)
     if "groups" in rest:  # of vision rows: a group a text row
         rest["groups"] = sum(part[""].rest["groups"] for part in parts)
-    return apart.kind(**made, **rest)
+    return {"": _Apart(apart.kind, rest), **{name: _joined([part[name] for part in parts]) for name in first if name}}
+
+
+def _whole(value: Any) -> Any:
+    """What was taken apart, as it was."""
+    if not isinstance(value, dict):
+        return value
+    apart: _Apart = value[""]
+    return apart.kind(**{name: _whole(part) for name, part in value.items() if name}, **apart.rest)
+
+
+def joined(parts: Sequence[Row]) -> Row:
+    """One batch of several, row after row."""
+    return _whole(_joined([_taken_apart(part) for part in parts]))

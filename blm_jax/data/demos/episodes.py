@@ -131,7 +131,7 @@ def _mark(path: epath.Path, *, look: bool) -> Mark:
 Stamp = tuple[int, int] | None
 
 
-def stamp(path: epath.Path) -> Stamp:
+def stamp(path: epath.PathLike) -> Stamp:
     """What tells a file from another that took its name: part of the keys of caches. Files in buckets are taken not to change."""
     if "://" in os.fspath(path):
         return None

@@ -307,6 +307,7 @@ class Intents:
             raise RunError(f"{path} is damaged: its files do not hold {self.plan.frames} frames; {AGAIN}")
         self._offsets, self._layout, self._state, self._action = offsets, layout, state, action
         self._layouts = _layouts(self._directory / "layouts.npz")
+        self._shards = [os.fspath(_shard(self._directory, number)) for number in range(self.plan.shards)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_intents, (self.path,)
@@ -351,16 +352,16 @@ class Intents:
         shard = number // self.plan.per_shard
         own = self.plan.shard(shard)
         begin, first, last, end = (int(self._offsets[place]) * self.plan.token_bytes for place in (own.start, number, number + 1, own.stop))
-        path = _shard(self._directory, shard)
+        path = self._shards[shard]
         try:
-            if "://" in os.fspath(path):
-                with path.open("rb") as file:
+            if "://" in path:
+                with epath.Path(path).open("rb") as file:
                     file.seek(first - begin)
                     data = np.frombuffer(file.read(last - first), np.uint8)
                 if len(data) != last - first:
                     raise OSError(f"it holds {first - begin + len(data)} of {end - begin} bytes")
             else:
-                mapped = _mapped(os.fspath(path), stamp(path))
+                mapped = _mapped(path, stamp(path))
                 if len(mapped) != end - begin:
                     raise OSError(f"it holds {len(mapped)} of {end - begin} bytes")
                 data = mapped[first - begin : last - begin]

@@ -25,11 +25,13 @@ class WindowOrder:
     def __init__(self, mixture: Mixture, seed: int):
         self.mixture, self.seed = mixture, seed
         self._epoch = lru_cache(maxsize=2)(lambda epoch: mixture.draws(seed, epoch))
+        self._start = lru_cache(maxsize=4)(self._first)  # exact fractions are slow, and asked for with each window
+        self._length = float(sum(corpus.share * len(corpus.tokens) for corpus in mixture.corpora))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _order, ([(corpus.name, len(corpus.tokens), corpus.share, corpus.path) for corpus in self.mixture.corpora], self.seed)
 
-    def _start(self, epoch: int) -> int:
+    def _first(self, epoch: int) -> int:
         """The number of the epoch's first window. Where a share is no whole number of windows, epochs differ in length by one."""
         return sum(int(corpus.share * len(corpus.tokens) * epoch) for corpus in self.mixture.corpora)
 
@@ -37,7 +39,7 @@ class WindowOrder:
         """The corpus of the `number`-th window of the run, and the window in it."""
         if number < 0:
             raise RequestError(f"windows are counted from 0: there is no window {number}")
-        epoch = int(number / float(sum(corpus.share * len(corpus.tokens) for corpus in self.mixture.corpora)))
+        epoch = int(number / self._length)
         while self._start(epoch) > number:
             epoch -= 1
         while self._start(epoch + 1) <= number:

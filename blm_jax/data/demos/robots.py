@@ -238,10 +238,12 @@ def from_json(value: Any, source: str) -> dict[str, Robot]:
 
 def pad(values: np.ndarray, width: int) -> np.ndarray:
     """The values with zeros behind them, [..., dims] to [..., width]."""
-    missing = width - values.shape[-1]
-    if missing < 0:
-        raise RequestError(f"{values.shape[-1]} values do not fit a width of {width}")
-    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+    count = values.shape[-1]
+    if count > width:
+        raise RequestError(f"{count} values do not fit a width of {width}")
+    padded = np.zeros((*values.shape[:-1], width), values.dtype)
+    padded[..., :count] = values
+    return padded
 
 
 def state_mask(robot: Robot, width: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -105,6 +105,7 @@ def _summary(values: np.ndarray, dimensions: Sequence[Dimension]) -> Summary:
 # --- normalisation -----------------------------------------------------------------------------------------------------------
 
 
+@cache  # it is asked for with each row that is read
 def affine(summary: Summary, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
     """Center and scale [dims] float64. A scale of 0 marks a dimension without spread: it is its center, always."""
     center, scale = _span(summary.min, summary.max)
@@ -115,7 +116,10 @@ def affine(summary: Summary, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
         center, scale = np.where(wide & ~flat, inner_center, center), np.where(wide, inner_scale, scale)
     elif scheme == "mean_std":
         center, scale = np.where(flat, center, summary.mean), np.array(summary.std)
-    return center, np.where(flat, 0.0, scale)
+    scale = np.where(flat, 0.0, scale)
+    for array in (center, scale):
+        array.setflags(write=False)
+    return center, scale
 
 
 def _span(low: Sequence[float], high: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
