@@ -1,8 +1,8 @@
 """Pictures of a scene: rays against shapes in closed form, Lambert's shading, one sun and the shadows it casts.
 
 What the hot path holds are lone arrays of one number a ray, x, y and z apart: on a CPU as on a TPU, an inner axis of three would leave
-most of each vector register empty. Shapes of a kind are scanned, which compiles each kind once: written out one by one, a scene's
-twenty took half a minute to compile and ran no faster.
+most of each vector register empty. Shapes of a kind are looped over, which compiles each kind once: written out one by one, a scene's
+twenty took half a minute to compile and ran no faster. Those that a scene has come first, and no loop goes beyond them.
 """
 
 from __future__ import annotations
@@ -55,18 +55,40 @@ def _sun() -> V:
 TO_SUN = _sun()
 
 
+class Kind(NamedTuple):
+    """The shapes of one kind in a scene, those first that have a size."""
+
+    shape: tuple[jax.Array, ...]  # what tells where each is, [shapes, ...]
+    paint: jax.Array  # [shapes, channels]
+    count: jax.Array  # [] int32 of those with a size
+
+
 def picture(shapes: Shapes, camera: Camera, size: int) -> jax.Array:
     """One picture [size, size, 3] uint8, row 0 on top."""
+    return _picture(_coloured(shapes), camera, size)
+
+
+def _picture(kinds: Sequence[Kind], camera: Camera, size: int) -> jax.Array:
     origin, rays = _rays(camera, size)
-    colour, light, place = _seen(shapes, (shapes.box_colour, shapes.ball_colour, shapes.rod_colour, shapes.drum_colour), origin, rays)
-    bright = AMBIENT + light * WRAP + jnp.where(_in_shadow(shapes, place), 0, jnp.maximum(light, 0) * SUN)
+    colour, light, place = _seen(kinds, origin, rays)
+    bright = AMBIENT + light * WRAP + jnp.where(_in_shadow(kinds, place), 0, jnp.maximum(light, 0) * SUN)
     pixels = [jnp.mean(jnp.clip(channel * bright, 0, 1).reshape(len(SAMPLES), size, size), axis=0) for channel in colour]
     return jnp.round(jnp.stack(pixels, axis=-1) * 255).astype(jnp.uint8)
 
 
 def pictures(shapes: Shapes, camera: Camera, size: int) -> jax.Array:
     """Of a batch of scenes by one camera, [batch, size, size, 3]."""
-    return _in_chunks(lambda scene: picture(scene, camera, size), shapes)
+    batch = len(shapes.box_half)
+    chunk = max(size for size in range(1, CHUNK + 1) if batch % size == 0)
+
+    def some(shapes: Shapes) -> jax.Array:
+        # One count for all scenes of a chunk: each scene's own would make masks of the loops' ends.
+        kinds = [kind._replace(count=jnp.max(kind.count)) for kind in jax.vmap(_coloured)(shapes)]
+        axes = [Kind((0,) * len(kind.shape), 0, None) for kind in kinds]  # type: ignore[arg-type]
+        return jax.vmap(lambda kinds: _picture(kinds, camera, size), (axes,))(kinds)
+
+    made = jax.lax.map(some, jax.tree.map(lambda leaf: leaf.reshape(batch // chunk, chunk, *leaf.shape[1:]), shapes))
+    return made.reshape(batch, *made.shape[2:])
 
 
 def first_seen(shapes: Shapes, camera: Camera, size: int) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +99,7 @@ def first_seen(shapes: Shapes, camera: Camera, size: int) -> tuple[jax.Array, ja
     counts = [len(shapes.box_half), len(shapes.ball_radius), len(shapes.rod_radius), len(shapes.drum_radius)]
     numbers = jnp.split(jnp.arange(sum(counts), dtype=jnp.float32)[:, None], np.cumsum(counts[:-1]))
     origin, rays = _rays(camera, size)
-    (seen,), _, place = _seen(shapes, numbers, origin, rays)
+    (seen,), _, place = _seen(_kinds(shapes, numbers), origin, rays)
     away = _minus(place, origin)
     seen, distance = (array.reshape(len(SAMPLES), size, size)[0] for array in (seen, jnp.sqrt(_dot(away, away)) + LIFT))
     return seen.astype(jnp.int32), distance
@@ -100,14 +122,6 @@ def look_at(camera: Camera) -> tuple[jax.Array, jax.Array, jax.Array]:
     return ahead, right, jnp.cross(right, ahead)
 
 
-def _in_chunks(make: Callable[[Shapes], jax.Array], shapes: Shapes) -> jax.Array:
-    batch = len(shapes.box_half)
-    chunk = max(size for size in range(1, CHUNK + 1) if batch % size == 0)
-    split = jax.tree.map(lambda leaf: leaf.reshape(batch // chunk, chunk, *leaf.shape[1:]), shapes)
-    made = jax.lax.map(jax.vmap(make), split)
-    return made.reshape(batch, *made.shape[2:])
-
-
 # --- rays ----------------------------------------------------------------------------------------------------------------
 
 
@@ -128,26 +142,25 @@ def _rays(camera: Camera, size: int) -> tuple[V, V]:
     return _vector(camera.position), V(x * shrink, y * shrink, z * shrink)
 
 
-def _seen(shapes: Shapes, paints: Sequence[jax.Array], origin: V, rays: V) -> tuple[tuple[jax.Array, ...], jax.Array, V]:
+def _seen(kinds: Sequence[Kind], origin: V, rays: V) -> tuple[tuple[jax.Array, ...], jax.Array, V]:
     """What rays meet first: its paint, how much it looks to the sun, and the place, a little towards the camera.
 
-    `paints` has [shapes, channels] for each kind: three are a colour; with one, what is no shape has -1.
+    Paint of three channels is a colour; of one, what is no shape has -1.
     """
     down = jnp.minimum(rays.z, -TINY)
     distance = jnp.where(rays.z < -1e-4, -origin.z / down, FAR)
     ground = _along(origin, rays, distance)
-    paint = _ground(ground, distance < FAR) if paints[0].shape[1] == 3 else (jnp.full_like(distance, -1),)
+    paint = _ground(ground, distance < FAR) if kinds[0].paint.shape[1] == 3 else (jnp.full_like(distance, -1),)
     found = (distance, jnp.broadcast_to(TO_SUN.z, distance.shape), paint)
-    for (meet, kind), given in zip(_kinds(shapes), paints, strict=True):
+    for meet, kind in _some(kinds):
 
-        def nearer(best: Any, one: Any, meet: Callable = meet) -> tuple[Any, None]:
-            shape, colour = one
-            near, light = meet(shape, origin, rays)
+        def nearer(i: jax.Array, best: Any, meet: Callable = meet, kind: Kind = kind) -> Any:
+            near, light = meet([part[i] for part in kind.shape], origin, rays)
             is_nearer = near < best[0]
-            painted = tuple(jnp.where(is_nearer, colour[i], old) for i, old in enumerate(best[2]))
-            return (jnp.where(is_nearer, near, best[0]), jnp.where(is_nearer, light, best[1]), painted), None
+            painted = tuple(jnp.where(is_nearer, kind.paint[i, channel], old) for channel, old in enumerate(best[2]))
+            return jnp.where(is_nearer, near, best[0]), jnp.where(is_nearer, light, best[1]), painted
 
-        found, _ = jax.lax.scan(nearer, found, (kind, given))
+        found = jax.lax.fori_loop(0, kind.count, nearer, found)
     distance, light, paint = found
     return paint, light, _along(origin, rays, distance - LIFT)
 
@@ -163,10 +176,14 @@ def _ground(place: V, is_ground: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def _in_shadow(shapes: Shapes, place: V) -> jax.Array:
+def _in_shadow(kinds: Sequence[Kind], place: V) -> jax.Array:
     shadow = jnp.zeros(place.x.shape, bool)
-    for meet, kind in _kinds(shapes):
-        shadow, _ = jax.lax.scan(lambda dark, shape, meet=meet: (dark | (meet(shape, place, TO_SUN)[0] < FAR), None), shadow, kind)
+    for meet, kind in _some(kinds):
+
+        def darker(i: jax.Array, dark: jax.Array, meet: Callable = meet, kind: Kind = kind) -> jax.Array:
+            return dark | (meet([part[i] for part in kind.shape], place, TO_SUN)[0] < FAR)
+
+        shadow = jax.lax.fori_loop(0, kind.count, darker, shadow)
     return shadow
 
 
@@ -175,16 +192,32 @@ def _in_shadow(shapes: Shapes, place: V) -> jax.Array:
 # sun. Either origins or directions may be those of all rays.
 
 
-def _kinds(shapes: Shapes) -> tuple[tuple[Callable, tuple[jax.Array, ...]], ...]:
-    return (
-        (_meet_box, (shapes.box_centre, shapes.box_rotation, shapes.box_half)),
-        (_meet_ball, (shapes.ball_centre, shapes.ball_radius)),
-        (_meet_rod, (shapes.rod_start, shapes.rod_end, shapes.rod_radius)),
-        (_meet_drum, (shapes.drum_centre, shapes.drum_radius, shapes.drum_half)),
+def _coloured(shapes: Shapes) -> list[Kind]:
+    return _kinds(shapes, (shapes.box_colour, shapes.ball_colour, shapes.rod_colour, shapes.drum_colour))
+
+
+def _kinds(shapes: Shapes, paints: Sequence[jax.Array]) -> list[Kind]:
+    """In the order of MEET."""
+    kinds = (
+        ((shapes.box_centre, shapes.box_rotation, shapes.box_half), jnp.min(shapes.box_half, axis=1, initial=jnp.inf)),
+        ((shapes.ball_centre, shapes.ball_radius), shapes.ball_radius),
+        ((shapes.rod_start, shapes.rod_end, shapes.rod_radius), shapes.rod_radius),
+        ((shapes.drum_centre, shapes.drum_radius, shapes.drum_half), jnp.minimum(shapes.drum_radius, shapes.drum_half)),
     )
+    made = []
+    for (shape, size), paint in zip(kinds, paints, strict=True):
+        order = jnp.argsort(size <= 0, stable=True)
+        ordered = [jnp.asarray(part)[order] for part in (*shape, paint)]
+        made.append(Kind(tuple(ordered[:-1]), ordered[-1], jnp.sum(size > 0, dtype=jnp.int32)))
+    return made
 
 
-def _meet_box(box: tuple[jax.Array, ...], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:
+def _some(kinds: Sequence[Kind]) -> list[tuple[Callable, Kind]]:
+    """Without those that no scene has."""
+    return [(meet, kind) for meet, kind in zip(MEET, kinds, strict=True) if kind.paint.size]
+
+
+def _meet_box(box: Sequence[jax.Array], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:
     centre, rotation, half = box
     origin = _minus(origin, _vector(centre))
     enters, leaves, lights = [], [], []
@@ -201,7 +234,7 @@ def _meet_box(box: tuple[jax.Array, ...], origin: V, ray: V) -> tuple[jax.Array,
     return jnp.where((enter < leave) & (enter > 0), enter, FAR), light
 
 
-def _meet_ball(ball: tuple[jax.Array, ...], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:
+def _meet_ball(ball: Sequence[jax.Array], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:
     centre, radius = ball
     return _enter_ball(_minus(origin, _vector(centre)), radius, ray)
 
@@ -216,7 +249,7 @@ def _enter_ball(origin: V, radius: jax.Array, ray: V) -> tuple[jax.Array, jax.Ar
     return jnp.where((room > 0) & (enter > 0), enter, FAR), light
 
 
-def _meet_rod(rod: tuple[jax.Array, ...], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:
+def _meet_rod(rod: Sequence[jax.Array], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:
     """A ray that enters the endless rod between the ends enters there; any other, through the ball of the end it is beyond."""
     start, end, radius = rod
     length = jnp.sqrt(jnp.sum((end - start) ** 2))
@@ -238,7 +271,7 @@ def _meet_rod(rod: tuple[jax.Array, ...], origin: V, ray: V) -> tuple[jax.Array,
     return jnp.where((room > 0) & is_between, jnp.where(enter > 0, enter, FAR), jnp.where(is_between, FAR, at_end)), light
 
 
-def _meet_drum(drum: tuple[jax.Array, ...], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:
+def _meet_drum(drum: Sequence[jax.Array], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:
     centre, radius, half = drum
     origin = _minus(origin, _vector(centre))
     speed = jnp.maximum(ray.x * ray.x + ray.y * ray.y, TINY)
@@ -252,6 +285,9 @@ def _meet_drum(drum: tuple[jax.Array, ...], origin: V, ray: V) -> tuple[jax.Arra
     side = (place.x * TO_SUN.x + place.y * TO_SUN.y) / jnp.maximum(radius, TINY)
     light = jnp.where(enter == lid, -jnp.sign(inverse) * TO_SUN.z, side)
     return jnp.where((room > 0) & (enter < leave) & (enter > 0), enter, FAR), light
+
+
+MEET = (_meet_box, _meet_ball, _meet_rod, _meet_drum)
 
 
 # --- vectors -------------------------------------------------------------------------------------------------------------
