@@ -110,6 +110,15 @@ def _add_data_collect(parser: argparse.ArgumentParser) -> None:
     world.add_argument("out", metavar="OUT", help="a directory for a set of each robot")
     _add_cells(world)
     world.add_argument(
+        "--two",
+        type=_share,
+        nargs="?",
+        const=1.0,
+        default=0.0,
+        metavar="SHARE",
+        help="of episodes (all) where another cube lies beside the one meant",
+    )
+    world.add_argument(
         "--noise", type=float, default=0.005, metavar="RAD", help="of each joint, done but not recorded: it shows ways back (0.005)"
     )
     world.add_argument("--form", choices=("rlds", "lerobot"), default="rlds", help="of the sets (rlds)")
@@ -128,7 +137,6 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--robots", metavar="A,B", help="panda, xarm6, xarm7, widowxai (all)")
     parser.add_argument("--tasks", metavar="A,B", help="PickCube, PushCube, PullCube, StackCube, PlaceSphere, LiftPegUpright (all)")
     parser.add_argument("--episodes", type=_at_least_one, default=50, metavar="N", help="of each robot and task (50)")
-    parser.add_argument("--two", action="store_true", help="where one cube would lie there are two, and the instruction says which")
 
 
 def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
@@ -303,6 +311,7 @@ def _add_eval_questions(parser: argparse.ArgumentParser) -> None:
 def _add_eval_world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="as above; or expert, random or still, which need no weights")
     _add_cells(parser)
+    parser.add_argument("--two", action="store_true", help="where one cube would lie there are two, and the instruction says which")
     parser.add_argument("--blind", action="store_true", help="show black pictures: what a policy does without looking")
     parser.add_argument("--shuffled", action="store_true", help="with --two, name the other cube: what a policy does that does not read")
     _add_denoising(parser)

@@ -64,7 +64,17 @@ def episodes(seed: int, share: float) -> list[dict[str, Any]]:
         for task in TASKS:
             for number in range(10):
                 good = bool(rng.uniform() < share)
-                rows.append({"robot": robot, "task": task, "episode": number, "success": good, "once": good, "steps": 20 if good else -1})
+                rows.append(
+                    {
+                        "robot": robot,
+                        "task": task,
+                        "episode": number,
+                        "success": good,
+                        "once": good,
+                        "right": good,
+                        "steps": 20 if good else -1,
+                    }
+                )
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,17 +56,17 @@ def episodes_of(robots: Sequence[str], wanted: Sequence[str], count: int, first:
     return Episodes(robot, task, np.tile(np.arange(first, first + count, dtype=np.int32), len(cells)))
 
 
-@partial(jax.jit, static_argnames=("kind", "two"))
-def begin(seed: jax.Array | int, robot: jax.Array, task: jax.Array, number: jax.Array, *, kind: int, two: bool) -> tuple[Setting, State]:
-    """Of many episodes. With `two`, there are two cubes wherever there would be one, and the instruction alone says which is meant."""
+@partial(jax.jit, static_argnames="kind")
+def begin(seed: Any, robot: jax.Array, task: jax.Array, number: jax.Array, *, kind: int, two: Any) -> tuple[Setting, State]:
+    """Of many episodes. With `two`, of each or of all, two cubes lie where one would, and the instruction alone says which is meant."""
 
-    def one(robot: jax.Array, task: jax.Array, number: jax.Array) -> tuple[Setting, State]:
+    def one(robot: jax.Array, task: jax.Array, number: jax.Array, two: jax.Array) -> tuple[Setting, State]:
         key = jax.random.key(seed)
         for part in (jnp.int32(kind), robot, task, number):
             key = jax.random.fold_in(key, part)
         return tasks.reset(key, robot, task, two)
 
-    return jax.vmap(one)(robot, task, number)
+    return jax.vmap(one)(robot, task, number, jnp.broadcast_to(two, np.shape(number)))
 
 
 asked = jax.jit(jax.vmap(tasks.asked))

@@ -47,7 +47,7 @@ class Request:
     episodes: int = 50  # of each cell
     seed: int = 0
     noise: float = 0.005  # radians of each joint, of what is executed and not recorded
-    two: bool = False  # cubes, wherever there would be one
+    two: float = 0.0  # share of the episodes with another cube beside the one that is meant
     form: Form = "rlds"
 
     def __post_init__(self) -> None:
@@ -55,6 +55,8 @@ class Request:
             raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
         if not 0 <= self.noise <= MOST_NOISE:
             raise RequestError(f"noise is {self.noise}: it must lie between 0 and {MOST_NOISE} radians")
+        if not 0 <= self.two <= 1:
+            raise RequestError(f"two is {self.two}: it must lie between 0 and 1")
 
 
 class Attempt(NamedTuple):
@@ -117,7 +119,9 @@ class _Runner:
         """Of numbers from `first` on; None if one has failed."""
         episodes = cells.episodes_of((name,), (task,), self.rows, first)
         seed, limit = self.request.seed, tasks.LIMITS[TASKS.index(task)]
-        settings, states = cells.begin(np.uint32(seed), *episodes, kind=cells.DEMONSTRATION, two=self.request.two)
+        settings, states = cells.begin(
+            np.uint32(seed), *episodes, kind=cells.DEMONSTRATION, two=have_two(episodes.number, self.request.two)
+        )
         settings = jax.device_get(settings)
         texts = cells.instructions(settings, episodes.number)
         seeds = _seeds(seed, episodes)
@@ -144,6 +148,11 @@ class _Runner:
                 if np.all(parts[-1].held[:, -1] > rollout.HELD):
                     break
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *parts)
+
+
+def have_two(numbers: np.ndarray, share: float) -> np.ndarray:
+    """Which of a cell's episodes have two cubes: evenly spread."""
+    return np.floor((numbers + 1) * share) > np.floor(numbers * share)
 
 
 def _seeds(seed: int, episodes: Episodes) -> np.ndarray:

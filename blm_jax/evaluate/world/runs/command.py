@@ -36,8 +36,9 @@ from blm_jax.infer.act import load_actor
 from blm_jax.weights.policy import read_policy
 from blm_jax.weights.trained import newest_of_run, stamp
 
-FORMAT = 1
+FORMAT = 2
 SCRIPTED = ("expert", "random", "still")  # in place of a MODEL
+MOVED = 0.02  # metres, from which on a body was chosen
 ROWS, AT_ONCE = 64, 8  # episodes of a batch for each device, and of those that it works on at a time
 ASKED, EPISODES, RESULT = "request.json", "episodes.jsonl", "world.json"  # the last is written last
 PACKAGES = ("blm-jax", "jax", "jaxlib", "flax", "numpy")
@@ -178,8 +179,10 @@ def _run(batches: _Batches, folder: _Folder) -> list[dict[str, Any]]:
 
 
 def _told(played: _Played) -> list[dict[str, Any]]:
-    at = played.at
-    told = (np.asarray(multihost_utils.process_allgather(part, tiled=True)) for part in (at.held, at.first, at.state.position[:, 0]))
+    at, begun = played.at, played.traces[0].state.position[:, 0]
+    parts = (at.held, at.first, at.state.position, begun, played.settings.wanted)
+    held, first, ended, begun, wanted = (np.asarray(multihost_utils.process_allgather(part, tiled=True)) for part in parts)
+    right = right_moved(begun, ended, wanted)
     return [
         {
             "robot": ROBOTS[robot],
@@ -188,10 +191,17 @@ def _told(played: _Played) -> list[dict[str, Any]]:
             "success": bool(held_for >= rollout.HELD),
             "once": bool(once >= 0),
             "steps": int(once),
-            "end": [float(value) for value in end],  # where the first body was left
+            "right": bool(is_right),
+            "end": [float(value) for value in end[0]],  # where the first body was left
         }
-        for robot, task, number, held_for, once, end in zip(*played.episodes, *told, strict=True)
+        for robot, task, number, held_for, once, is_right, end in zip(*played.episodes, held, first, right, ended, strict=True)
     ]
+
+
+def right_moved(begun: np.ndarray, ended: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Whether of all bodies, [episodes, bodies, 3] when it began and ended, the one that was meant was moved furthest, and was moved."""
+    moved = np.linalg.norm(ended - begun, axis=-1)
+    return (moved.argmax(axis=1) == wanted) & (moved.max(axis=1) >= MOVED)
 
 
 def _film(batches: _Batches, folder: _Folder, done: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def _of(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "low": low,
         "high": high,
         "once": sum(one["once"] for one in episodes) / max(count, 1),
+        "right": sum(one["right"] for one in episodes) / max(count, 1),
         "mean_steps": sum(steps) / len(steps) if steps else None,  # to the first success, of those that held it
     }
 
@@ -63,10 +64,11 @@ def headline(result: Mapping[str, Any]) -> str:
     each = result["cells"][0]["episodes"] if result["cells"] else 0
     told = ", ".join(name for name in ("two", "blind", "shuffled") if result.get(name))
     every = result["all"]
+    right = f", the right one moved in {100 * every['right']:.1f} %" if result.get("two") else ""
     who = f"{result['model']}{f' ({told})' if told else ''}"
     sure = f"95 %: {100 * every['low']:.1f} to {100 * every['high']:.1f}"
     return (
-        f"{who}: {100 * every['success']:.1f} % of {every['episodes']} episodes, {each} a cell ({sure}); "
+        f"{who}: {100 * every['success']:.1f} % of {every['episodes']} episodes, {each} a cell ({sure}){right}; "
         "per cent of those in which the task's rule held for the last half second"
     )
 

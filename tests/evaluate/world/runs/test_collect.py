@@ -15,7 +15,8 @@ from blm_jax.data.demos.robots import load_robots
 from blm_jax.data.demos.sets import open_set, read_episode, read_pictures
 from blm_jax.evaluate.world import physics, tasks, view
 from blm_jax.evaluate.world.arms import ROBOTS
-from blm_jax.evaluate.world.runs import cells
+from blm_jax.evaluate.world.runs import cells, collect
+from blm_jax.evaluate.world.scene import BOX
 
 SEED, EPISODES = 4, 3
 ROBOT, TASK = "xarm6", "PushCube"
@@ -68,6 +69,19 @@ def test_noise_is_done_and_not_recorded(collected: Path, tmp_path: Path) -> None
     assert missed(quiet) < 1e-3 < missed(noisy)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_so_many_have_two_cubes(share: float) -> None:
+    numbers = np.arange(40)
+    two = collect.have_two(numbers, share)
+    for first in (0, 10, 30):
+        assert two[first : first + 10].sum() == round(10 * share)
+    pairs = cells.episodes_of((ROBOT,), tasks.TASKS[:3], 40)
+    settings, _ = cells.begin(np.uint32(0), *pairs, kind=cells.DEMONSTRATION, two=np.tile(two, 3))
+    np.testing.assert_array_equal((np.asarray(settings.kind) == BOX).sum(axis=1), 1 + np.tile(two, 3))
+    assert not np.asarray(settings.wanted)[~np.tile(two, 3)].any()
+    assert share == 0 or 0.2 < np.asarray(settings.wanted)[np.tile(two, 3)].mean() < 0.8
+
+
 def test_demonstrations_are_no_evaluations() -> None:
     episodes = cells.episodes_of(ROBOTS, tasks.TASKS, 1)
     one, other = (cells.begin(np.uint32(0), *episodes, kind=kind, two=False)[1] for kind in (cells.DEMONSTRATION, cells.EVALUATION))
@@ -80,6 +94,7 @@ def test_demonstrations_are_no_evaluations() -> None:
         (["--noise", "nan"], "noise is nan: it must lie between 0 and 0.2 radians"),
         (["--noise", "-0.1"], "noise is -0.1: it must lie between"),
         (["--seed", "-1"], "seed is -1: it must lie between"),
+        (["--two", "half"], "'half' is no share: write 1% or 0.01"),
         (["--robots", "pandas"], "did you mean panda?"),
     ],
 )

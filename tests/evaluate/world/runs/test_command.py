@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from blm_jax.cli import main
 from blm_jax.evaluate.world import tasks
+from blm_jax.evaluate.world.runs.command import right_moved
 from tests.conftest import ROOT
 from tests.evaluate.world.runs.driven import write_driver
 
@@ -109,6 +111,14 @@ def test_it_goes_on(model: str, alone: Path, tmp_path: Path, capsys: pytest.Capt
     (half / "episodes.jsonl").write_text("{\n" + "".join(lines))
     assert main(request(model, half)) == 2
     assert "holds lines that are no JSON" in capsys.readouterr().err
+
+
+def test_which_of_two_was_moved() -> None:
+    begun = np.zeros((4, 2, 3))
+    ended = begun.copy()
+    ended[0, 1, 0], ended[1, 0, 1], ended[2, 1, 2] = 0.1, 0.1, 0.01  # the right one, the other, and neither, hardly
+    ended[3, :, 0] = 0.05, 0.2  # both, the right one further
+    np.testing.assert_array_equal(right_moved(begun, ended, np.array([1, 1, 1, 1])), [True, False, False, True])
 
 
 @pytest.mark.parametrize(
