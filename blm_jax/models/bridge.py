@@ -9,7 +9,7 @@ from flax import nnx
 from blm_jax.batch import IntentRows
 from blm_jax.config import BridgeConfig, Dtype
 from blm_jax.mesh import constrain
-from blm_jax.models.layers import INIT_SCALE, LayerNorm, Linear, param, scan, sinusoid, stack
+from blm_jax.models.layers import TOKEN_SCALE, LayerNorm, Linear, param, scan, sinusoid, stack
 from blm_jax.models.transformer import Layer
 
 PLACE_FEATURES = 64  # for each of row, column and time
@@ -19,7 +19,7 @@ class Places(nnx.Module):
     """What a key knows of where it was seen. Learned for cameras; waves for the rest, so that any grid has its places."""
 
     def __init__(self, config: BridgeConfig, *, rngs: nnx.Rngs):
-        self.cameras = param(INIT_SCALE * jax.random.normal(rngs.params(), (config.cameras + 1, config.width)), (None, "embed"))
+        self.cameras = param(TOKEN_SCALE * jax.random.normal(rngs.params(), (config.cameras + 1, config.width)), (None, "embed"))
         self.project = Linear([3 * PLACE_FEATURES], [config.width], (None, "embed"), bias=False, rngs=rngs)
 
     def __call__(self, places: jax.Array, dtype: Dtype) -> jax.Array:
@@ -44,7 +44,7 @@ class BridgeBlock(nnx.Module):
 class Bridge(nnx.Module):
     def __init__(self, config: BridgeConfig, intent_width: int, dtype: Dtype, *, rngs: nnx.Rngs):
         self.dtype: Dtype = dtype
-        self.queries = param(INIT_SCALE * jax.random.normal(rngs.params(), (config.queries, config.width)), (None, "embed"))
+        self.queries = param(TOKEN_SCALE * jax.random.normal(rngs.params(), (config.queries, config.width)), (None, "embed"))
         # Hidden states of a deep decoder have a few dimensions far larger than the rest: without a norm they are all a key has.
         self.intent_norm = LayerNorm(intent_width)
         self.project = Linear([intent_width], [config.width], (None, "embed"), bias=True, rngs=rngs)

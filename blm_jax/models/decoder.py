@@ -12,7 +12,7 @@ from blm_jax.config import AttentionName, ComputeConfig, DecoderConfig
 from blm_jax.errors import RequestError
 from blm_jax.mesh import constrain
 from blm_jax.models.attention import attend, attend_memory
-from blm_jax.models.layers import INIT_SCALE, Linear, RMSNorm, param, scan, stack, swiglu, unstack
+from blm_jax.models.layers import WORD_SCALE, Linear, RMSNorm, param, scan, stack, swiglu, unstack
 from blm_jax.models.rope import Rotary, rotate, text_rotary
 
 ACTIVATIONS = ("batch", "length", "width")
@@ -21,7 +21,7 @@ CACHE = ("batch", "kv_heads", "length", "head_dim")
 
 class Embedding(nnx.Module):
     def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs):
-        self.embedding = param(INIT_SCALE * jax.random.normal(rngs.params(), (vocab, width)), ("vocab", "embed"))
+        self.embedding = param(WORD_SCALE * jax.random.normal(rngs.params(), (vocab, width)), ("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         # Whole rows on a device, or looking words up would have to move activations from one axis to another.

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from blm_jax.config import EmbodimentConfig, PolicyConfig
-from blm_jax.models.layers import INIT_SCALE, param, sinusoid
+from blm_jax.models.layers import param, sinusoid
 
 
 class GroupedLinear(nnx.Module):
@@ -22,7 +22,7 @@ class GroupedLinear(nnx.Module):
     """
 
     def __init__(self, robots: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.kernel = param(INIT_SCALE * jax.random.normal(rngs.params(), (robots, inputs, outputs)), ("robots", None, "embed"))
+        self.kernel = param(inputs**-0.5 * jax.random.normal(rngs.params(), (robots, inputs, outputs)), ("robots", None, "embed"))
         self.bias = param(jnp.zeros((robots, outputs)), ("robots", "embed"))
 
     def __call__(self, x: jax.Array, chosen: jax.Array) -> jax.Array:

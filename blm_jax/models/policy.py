@@ -16,7 +16,7 @@ from blm_jax.mesh import constrain
 from blm_jax.models.bridge import Bridge
 from blm_jax.models.dit import Clock, DiT
 from blm_jax.models.embodiment import Embodiments
-from blm_jax.models.layers import INIT_SCALE, LayerNorm, Linear, around, param, shapes_of
+from blm_jax.models.layers import TOKEN_SCALE, LayerNorm, Linear, around, param, shapes_of
 from blm_jax.models.transformer import Memory
 
 TEXT_AXES = ("batch", "length", "width")
@@ -56,8 +56,8 @@ class Policy(nnx.Module):
         self.bridge = Bridge(config.bridge, config.intent_width, compute.dtype, rngs=rngs)
         self.dit = DiT(config.dit, config.bridge.width, config.objective.time_buckets, remat=compute.remat, rngs=rngs)
         self.embodiments = Embodiments(len(config.robots), config.embodiment, width, rngs=rngs)
-        self.future_tokens = param(INIT_SCALE * jax.random.normal(rngs.params(), (queries, width)), (None, "embed"))
-        self.action_places = param(INIT_SCALE * jax.random.normal(rngs.params(), (config.horizon, width)), (None, "embed"))
+        self.future_tokens = param(TOKEN_SCALE * jax.random.normal(rngs.params(), (queries, width)), (None, "embed"))
+        self.action_places = param(TOKEN_SCALE * jax.random.normal(rngs.params(), (config.horizon, width)), (None, "embed"))
         self.future_head = FutureHead(width, config.bridge.width, rngs=rngs)
 
     def condition(self, intent: IntentRows, robots: RobotRows, hide_state: jax.Array | None = None) -> Condition:
