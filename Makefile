@@ -31,7 +31,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 demo: $(INSTALLED)
-	@echo "The demo is not there yet: the embedded world is, see README.md and blm eval world --help."
+	$(BIN)/blm demo
 
 clean:
 	rm -rf .venv .cache

@@ -29,6 +29,7 @@ HOME = "out/demo"  # in these configs
 BASE = Path(__file__).resolve().parents[1] / "assets" / "base"  # as it comes with the package
 ROBOTS = ("panda", "xarm6", "xarm7", "widowxai")
 TASKS = ("PickCube", "PushCube", "PullCube")
+TWO = "50%"  # of the demonstrations have two cubes: where there is always one, nothing teaches to read which is meant
 INSTRUCTION = 32  # tokens of the longest one, as stage_two.yaml has it
 CONFIGURED = ("base", "stage_one", "stage_two")
 
@@ -110,7 +111,7 @@ def _data(demo: Demo) -> dict[str, Command]:
         "test": ["data", "collect", "questions", test, "--scenes", str(sizes.tests), "--split", "test", *seed],
         "sentences": ["data", "collect", "questions", said, "--sentences", str(sizes.sentences), *seed],
         **{f"{name} corpus": _prepare(demo.path(name), demo.base) for name in ("questions", "sentences")},
-        "demonstrations": ["data", "collect", "world", shown, *_tasks(), "--episodes", str(sizes.demonstrations), *seed],
+        "demonstrations": ["data", "collect", "world", shown, *_tasks(), "--episodes", str(sizes.demonstrations), "--two", TWO, *seed],
         **{f"{name} statistics": ["data", "stats", sets, "--robot", name, "--out", stats] for name, sets, stats, _ in demo.robots()},
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -25,12 +24,13 @@ from blm_jax.evaluate.world.talk.wordings import CHOOSE
 from blm_jax.evaluate.world.talk.wordings import WORDINGS as QUESTIONS
 from blm_jax.evaluate.world.tasks import COLOURS, TASKS, WORDINGS, instruction
 from blm_jax.evaluate.world.view import SIZE
-from blm_jax.models.layers import INIT_SCALE, Linear
+from blm_jax.models.layers import WORD_SCALE, Linear
 from blm_jax.models.mllm import Mllm
 
 BRANCH = 0.35  # of what attention and feed-forward layers add at first
 EMBEDDED = 0.1  # the standard deviation of words
-PIXELS = PixelConfig(min_pixels=28 * 28, max_pixels=4 * SIZE * SIZE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+# Each patch is a token of its own: four together would show what several things are, and mix them up.
+PIXELS = PixelConfig(min_pixels=28 * 28, max_pixels=4 * SIZE * SIZE, merge=1, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 VOCAB = 1024  # words and their parts, at most; 256 are the bytes, of which any text can be made
 SAID = 4000  # sentences that the words are taken from
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -65,18 +65,15 @@ def write_seeing(path: epath.PathLike, seed: int = 0) -> list[dict[str, float]]:
 
 
 def drawn(config: BackboneConfig, seed: int) -> dict[str, Any]:
-    """Parameters at random: products keep the size of what they are given, and what layers add to it is small."""
+    """Parameters at random: what layers add to the residual stream is small."""
 
     def make() -> dict[str, Any]:
         model = Mllm(config, ComputeConfig(), rngs=nnx.Rngs(seed))
         for path, module in nnx.iter_graph(model):
-            if isinstance(module, Linear):
-                stacked = int(module.kernel.axes[0] == "layers")
-                fan = math.prod(module.kernel.shape[stacked : stacked + module.inputs])
-                share = BRANCH if path[-1] in ("out", "down") else 1.0
-                module.kernel[...] = module.kernel[...] * (share * fan**-0.5 / INIT_SCALE)
+            if isinstance(module, Linear) and path[-1] in ("out", "down"):
+                module.kernel[...] = module.kernel[...] * BRANCH
         embedding = model.decoder.embed.embedding
-        embedding[...] = embedding[...] * (EMBEDDED / INIT_SCALE)
+        embedding[...] = embedding[...] * (EMBEDDED / WORD_SCALE)
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     return jax.jit(make)()
@@ -92,7 +89,7 @@ def config_of(words: Tokenizer) -> BackboneConfig:
         pad=number["<|endoftext|>"],
     )
     width, heads = 128, 4
-    vision = VisionConfig(layers=3, width=width, heads=heads, ffn=3 * width, out_width=width, full_attention_layers=())
+    vision = VisionConfig(layers=3, width=width, heads=heads, ffn=3 * width, out_width=width, merge=PIXELS.merge, full_attention_layers=())
     decoder = DecoderConfig(
         layers=4,
         width=width,

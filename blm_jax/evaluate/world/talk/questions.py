@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,10 @@ YES_NO = ("yes", "no")
 REGIONS = tuple(" ".join(words) for words in itertools.product(("far", "middle", "near"), ("left", "centre", "right")))
 NAMES = {"panda": "Panda", "xarm6": "xArm 6", "xarm7": "xArm 7", "widowxai": "WidowX"}
 LETTERS = "ABCD"
-TELLING = ("colour", "shape")  # types whose answers other questions tell by naming things: one of them a scene
+TELLING = ("colour", "shape")  # types whose answers other questions tell by naming things: one of them a scene, and not of every scene
+TELLING_LEFT_OUT = 0.4
+PLACES = ("region", "place", "pixel")  # types that ask where a thing is
+CHOSEN = 0.3  # of those that may offer answers to choose from, do
 LEEWAY = 2  # that an answer may be ahead of the rarest one of its type
 
 
@@ -175,25 +178,32 @@ class Asker:
         self._asked: Counter[str] = Counter()  # by type
         self._answered: Counter[tuple[str, str]] = Counter()  # by type and group, and by letter
 
-    def ask(self, still: Still, most: int) -> list[Question]:
-        """Some questions, each of another type: those of the types, and with the answers, that were rarest so far."""
+    def ask(self, still: Still, most: int, each: int = 1, types: Collection[str] = WORDINGS) -> list[Question]:
+        """Some questions, `each` of a type at most: those of the types, and with the answers, that were rarest so far."""
         by_type: dict[str, list[Case]] = {}
         for case in cases(still):
-            by_type.setdefault(case.type, []).append(case)
+            if case.type in types:
+                by_type.setdefault(case.type, []).append(case)
         order = sorted(by_type, key=lambda name: (self._asked[name], self._random.random()))
+        told = [name for name in order if name in TELLING]
+        left_out = told if self._random.random() < TELLING_LEFT_OUT else told[1:]
         found: list[Question] = []
-        for name in order:
-            told = name in TELLING and any(question.type in TELLING for question in found)
-            if len(found) < most and not told and (question := self._one(by_type[name])) is not None:
+        for name in [name for name in order if name not in left_out] * each:
+            tells = any(question.type == name for question in found) and name in TELLING
+            if len(found) < most and not tells and (question := self._one(by_type[name])) is not None:
                 self._asked[name] += 1
                 found.append(question)
-        self._random.shuffle(found)  # any may come first: a model would learn what is asked from when it is asked
-        return found
+        # Any type may come first, or a model would learn what is asked from when it is asked; but what others tell comes before them.
+        self._random.shuffle(found)
+        return sorted(found, key=lambda question: question.type not in TELLING)
 
     def _one(self, given: list[Case]) -> Question | None:
+        """Of these cases, which it then is none of."""
+        if not given:
+            return None
         self._random.shuffle(given)
         balanced = [case for case in given if case.group is not None and case.options]
-        to_choose = given[0].type in BY_LETTER and (not balanced or self._random.random() < 0.5)
+        to_choose = given[0].type in BY_LETTER and self._random.random() < CHOSEN
         case = given[0]
         if balanced:
             # What is answered in words is balanced apart from what is answered by a letter.
@@ -202,6 +212,7 @@ class Asker:
                 return None
             for key in self._keys(case, to_choose):
                 self._answered[key, case.answer] += 1
+        given.remove(case)
         return self._to_choose(case) if to_choose else self._question(case, case.answer, len(case.options))
 
     def _ahead(self, case: Case, to_choose: bool) -> int:

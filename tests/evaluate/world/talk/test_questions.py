@@ -374,7 +374,7 @@ def test_records_say_what_type_a_question_is(written: Path) -> None:
         assert len(record["types"]) == len(record["choices"]) == len(turns) / 2
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(record["types"])
         assert turns[0]["value"].startswith("<image><image>\n") and "<image>" not in turns[-2]["value"]
-    assert max(len(record["types"]) for record in records(written / "train")) == 5
+    assert max(len(record["types"]) for record in records(written / "train")) == talks.TURNS["train"]
     assert all(len(record["types"]) == 1 for record in records(written / "test"))
 
 
@@ -423,7 +423,9 @@ def test_nothing_is_left_of_what_was_broken_off(tmp_path: Path, monkeypatch: pyt
 
 
 def test_without_robots(tmp_path: Path) -> None:
-    """Things alone; every second scene is described, in steps of the first picture and in centimetres, in either order."""
+    """Things alone; of four scenes one is described, in steps of the first picture and in centimetres, in either order; and one is asked
+    for places alone.
+    """
     talks.write(tmp_path / "things", 16, 3, "train", robots=False)
     scenes, firsts = stills(3, "train", robots=False), set()
     for number, record in enumerate(records(tmp_path / "things")):
@@ -431,8 +433,9 @@ def test_without_robots(tmp_path: Path) -> None:
         assert still.robot is None and still.step is None and still.task is None
         assert not set(record["types"]) & {"robot", "held", "graspable", "next", "success", "nearer", "is_nearer"}
         assert record["leeway"] == [{"place": NEAR, "pixel": NEAR_STEPS}.get(name) for name in record["types"]]
-        assert (record["types"] == ["list", "list"]) == (number % 2 == 1)
-        if number % 2:
+        assert (record["types"] == ["list", "list"]) == (number % 4 == 0)
+        assert (set(record["types"]) <= set(questions.PLACES)) == (number % 4 == 2)
+        if number % 4 == 0:
             said = {
                 turn["value"].split("\n")[-1]: answer["value"] for turn, answer in zip(*2 * [iter(record["conversations"])], strict=True)
             }
