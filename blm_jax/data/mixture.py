@@ -27,6 +27,7 @@ class Corpus:
     tokens: np.ndarray  # [records], those of pictures included
     patches: np.ndarray  # [records], by `vision_work`
     share: Fraction = Fraction(1)  # of its records that an epoch takes; 2 is all of them twice
+    whole: bool = False  # each window of its pictures is full, see `corpora.budget`
     path: str = ""  # for messages: the name, which decides the order of records, may be one that says nothing to a reader
 
     def __post_init__(self) -> None:
@@ -79,6 +80,11 @@ class Mixture:
         """The corpus of each record, and its number in it."""
         corpus = np.searchsorted(self.starts, records, side="right") - 1
         return corpus, records - self.starts[corpus]
+
+    @property
+    def whole(self) -> bool:
+        """Whether each window of all pictures is full."""
+        return all(corpus.whole or not corpus.patches.any() for corpus in self.corpora)
 
     def work(self) -> tuple[int, int]:
         """Tokens and patches of an epoch, on average."""

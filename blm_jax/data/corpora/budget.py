@@ -45,6 +45,12 @@ def vision_work(frames: Iterable[Size], config: VisionConfig) -> int:
     return math.ceil(slots * config.window_patches)
 
 
+def all_whole(frames: Iterable[Size], config: VisionConfig) -> bool:
+    """Whether the frames are cut into full windows alone, each of which has its slot: then rows need no margin."""
+    capacity = window_side(config) ** 2
+    return all((cut_frame(*check_size(frame, config), config).sizes == capacity).all() for frame in set(frames))
+
+
 @functools.lru_cache(maxsize=4096)
 def _charge(rows: int, columns: int, config: VisionConfig) -> Fraction:
     capacity = window_side(config) ** 2
@@ -53,14 +59,16 @@ def _charge(rows: int, columns: int, config: VisionConfig) -> Fraction:
 
 
 @functools.lru_cache(maxsize=16)
-def margin(config: VisionConfig) -> Fraction:
-    """Slots that a row may need beyond what its records are charged.
+def margin(config: VisionConfig, whole: bool = False) -> Fraction:
+    """Slots that a row may need beyond what its records are charged: none if all windows are `whole`.
 
     Windows are laid into slots by size, the largest first, and a slot is opened where no open one has room (`windows.pack`).
     Let `last` be the size that opens the last one. Charged less than a slot are only slots in which fewer windows of the size
     that opened them lie than could: k - 1 windows of a size are lacking at most, so 1 - 1/k of a slot is, and as `last` found no
     room in any, each slot that lacks some is charged all but (last - 1) / capacity.
     """
+    if whole:
+        return Fraction(0)
     side = window_side(config)
     capacity = side**2
     sizes = {height * width for height in range(1, side + 1) for width in range(1, side + 1)}
@@ -75,15 +83,15 @@ def margin(config: VisionConfig) -> Fraction:
     return max(map(lacking, sizes))
 
 
-def row_budget(row_length: int, config: VisionConfig) -> int:
+def row_budget(row_length: int, config: VisionConfig, whole: bool = False) -> int:
     """How much vision work a vision row of this many patches is sure to hold."""
-    budget = row_length - math.ceil(margin(config) * config.window_patches)
+    budget = row_length - math.ceil(margin(config, whole) * config.window_patches)
     if row_length % config.window_patches or budget < 1:
-        least = math.ceil(margin(config) + 1) * config.window_patches
+        least = math.ceil(margin(config, whole) + 1) * config.window_patches
         raise RequestError(f"a vision row of {row_length} patches: it must be a multiple of {config.window_patches}, from {least} on")
     return budget
 
 
-def least_row(work: int, config: VisionConfig) -> int:
+def least_row(work: int, config: VisionConfig, whole: bool = False) -> int:
     """Patches of the shortest vision row whose budget is `work`."""
-    return math.ceil(Fraction(work, config.window_patches) + margin(config)) * config.window_patches
+    return math.ceil(Fraction(work, config.window_patches) + margin(config, whole)) * config.window_patches

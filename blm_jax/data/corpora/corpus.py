@@ -206,7 +206,7 @@ class PreparedCorpus:
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def in_mixture(self, share: Fraction = Fraction(1)) -> Corpus:
-        return Corpus(self.identity, self.tokens, self.patches, share, self.path)
+        return Corpus(self.identity, self.tokens, self.patches, share, bool(self.info.get("whole")), self.path)
 
     def check(self, engine: PromptEngine) -> None:
         """Lengths are those of one tokenizer, template and size of pictures: refuses an engine that has others."""

@@ -50,7 +50,7 @@ def open_packed(
     mixture = _mixture(list(corpora.values()), [parts[path] for path in corpora])
     if row_length is None:
         row_length = propose_row_length(mixture, length, engine.config.vision)
-    budget = Budget(length, row_budget(row_length, engine.config.vision) if row_length else 0)
+    budget = Budget(length, row_budget(row_length, engine.config.vision, mixture.whole) if row_length else 0)
     sequences = Sequences(mixture, budget, seed=seed, batch=batch, directory=plans, show=show)
     return PackedRows(list(corpora.values()), sequences, open_engine, row_length, changes or AugmentConfig())
 

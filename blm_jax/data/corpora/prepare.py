@@ -13,13 +13,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from blm_jax.data.corpora.budget import vision_work
+from blm_jax.data.corpora.budget import all_whole, vision_work
 from blm_jax.data.corpora.conversations import read_record
 from blm_jax.data.corpora.corpus import (
     FORMAT,
@@ -38,7 +38,7 @@ from blm_jax.data.corpora.corpus import (
 from blm_jax.data.corpora.media import Media
 from blm_jax.data.corpora.sources import Item, Piece, Source
 from blm_jax.data.files import one_line, open_path, read_json, write_whole
-from blm_jax.data.prompt import SETTINGS, Example, Part, PromptEngine, Turn
+from blm_jax.data.prompt import SETTINGS, Part, PromptEngine, Turn
 from blm_jax.data.vision.headers import picture_tokens, video_tokens
 from blm_jax.data.workers import in_order
 from blm_jax.errors import RequestError
@@ -91,8 +91,16 @@ def prepare(request: Request, workers: int, max_bad: float, *, show: bool | None
 # --- one record ----------------------------------------------------------------------------------------------------------
 
 
-def check_record(record: Any, media: Media, engine: PromptEngine, max_patches: int | None) -> tuple[list[dict[str, Any]], int, int]:
-    """The messages of a record with the bytes of their pictures, its tokens, and its vision work."""
+class Length(NamedTuple):
+    """Of a record."""
+
+    tokens: int
+    work: int  # by `vision_work`
+    whole: bool  # by `all_whole`
+
+
+def check_record(record: Any, media: Media, engine: PromptEngine, max_patches: int | None) -> tuple[list[dict[str, Any]], Length]:
+    """The messages of a record with the bytes of their pictures, and how long it is."""
     turns = [(role, [_loaded(part, media) for part in parts]) for role, parts in read_record(record)]
     # By their headers, before anything large is made of them.
     most = sum(_visual_tokens(part, engine) for _, parts in turns for part in parts if part["type"] != "text")
@@ -102,10 +110,11 @@ def check_record(record: Any, media: Media, engine: PromptEngine, max_patches: i
     example = engine.encode(messages)
     if not example.supervised.any():
         raise RequestError("there is nothing to learn: the chat template writes no answer of the assistant's")
-    work = work_of(example, engine)
+    frames = [(picture.grid.rows, picture.grid.columns) for picture in example.pictures for _ in range(picture.grid.frames)]
+    work = vision_work(frames, engine.config.vision)
     if max_patches is not None and work > max_patches:
         raise RequestError(f"pictures and videos are {work} patches of work, more than the {max_patches} allowed: make them smaller")
-    return messages, len(example.tokens), work
+    return messages, Length(len(example.tokens), work, all_whole(frames, engine.config.vision))
 
 
 def messages_of(turns: Sequence[Turn], media: Media) -> list[dict[str, Any]]:
@@ -115,11 +124,6 @@ def messages_of(turns: Sequence[Turn], media: Media) -> list[dict[str, Any]]:
 
 def _as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     return [{"role": role, "content": [_written(part) for part in parts]} for role, parts in turns]
-
-
-def work_of(example: Example, engine: PromptEngine) -> int:
-    frames = [(picture.grid.rows, picture.grid.columns) for picture in example.pictures for _ in range(picture.grid.frames)]
-    return vision_work(frames, engine.config.vision)
 
 
 def _loaded(part: Part, media: Media) -> Part:
@@ -159,7 +163,7 @@ class ShardMaker:
             if self._still_bad(piece, note["bad"], begin, deadly):
                 return note
             path.unlink()  # first: it tells nothing of the shard that is made now
-        lengths: list[tuple[int, int]] = []
+        lengths: list[Length] = []
         bad: list[dict[str, Any]] = []
         lost = 0
         with shard_writer(self.directory, piece.number) as write:
@@ -171,19 +175,20 @@ class ShardMaker:
                     lost += item.lost
                 else:
                     write(found[0])
-                    lengths.append(found[1:])
-        note = {"source": piece.digest, "read": len(piece.items), "lost": lost, "lengths": lengths, "bad": bad}
+                    lengths.append(found[1])
+        note = {"source": piece.digest, "read": len(piece.items), "lost": lost, "bad": bad}
+        note |= {"lengths": [(one.tokens, one.work) for one in lengths], "whole": all(one.whole for one in lengths)}
         write_whole(path, _json(note))
         return note
 
-    def _read(self, item: Item, deadly: str) -> tuple[bytes, int, int] | dict[str, Any]:
-        """A record as it is stored, its tokens and its vision work; or what the report says of it."""
+    def _read(self, item: Item, deadly: str) -> tuple[bytes, Length] | dict[str, Any]:
+        """A record as it is stored, and how long it is; or what the report says of it."""
         try:
             if reason := item.problem or deadly:
                 raise RequestError(reason)
             with warnings.catch_warnings(action="ignore"):  # PIL warns of all that it mends by itself
-                messages, *length = check_record(self.request.source.read(item), self.media, self.engine, self.request.max_patches)
-                return encode_record(Stored(messages, item.file, item.line, item.index)), length[0], length[1]
+                messages, length = check_record(self.request.source.read(item), self.media, self.engine, self.request.max_patches)
+                return encode_record(Stored(messages, item.file, item.line, item.index)), length
         except Exception as error:  # whatever a record makes a library do, it is the record that is bad
             reason = one_line(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {one_line(error)}"
             return {"file": item.file, "line": item.line, "record": item.index, "reason": reason}
@@ -280,6 +285,7 @@ def _finish(directory: epath.Path, settings: dict[str, Any], notes: list[dict[st
         "bad": sum(len(note["bad"]) for note in notes),
         "tokens": int(lengths[:, 0].sum()),
         "patches": int(lengths[:, 1].sum()),
+        "whole": all(note.get("whole", False) for note in notes),  # notes of an older release do not say
         "settings": settings,
         "shards": [{"records": len(note["lengths"]), "read": note["read"], "source": note["source"]} for note in notes],
     }

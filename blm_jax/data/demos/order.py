@@ -16,7 +16,7 @@ from blm_jax.errors import RequestError
 def windows(name: str, count: int, share: Fraction = Fraction(1), path: str = "") -> Corpus:
     """So many windows as a part of a mixture, in which each counts as one. They take no memory."""
     one, none = (np.broadcast_to(np.uint8(value), count) for value in (1, 0))
-    return Corpus(name, one, none, share, path)
+    return Corpus(name, one, none, share, path=path)
 
 
 class WindowOrder:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blm_jax.data.corpora.budget import Budget, least_row, margin, row_budget, vision_work
+from blm_jax.data.corpora.budget import Budget, all_whole, least_row, margin, row_budget, vision_work
 from blm_jax.data.corpora.packing import propose_row_length
 from blm_jax.data.corpora.plan import make_plan
 from blm_jax.data.mixture import Corpus, Mixture
-from blm_jax.data.vision.windows import cut_frame, lay_out_groups, pack, slots_needed
+from blm_jax.data.vision.windows import cut_frame, lay_out_groups, pack, slots_needed, window_side
 from blm_jax.errors import RequestError
 from tests.data.corpora.lengths import FILE, RECORDS, TOWER, records, rows
 
@@ -36,6 +36,19 @@ def test_a_row_holds_its_records(frames: list[list[tuple[int, int]]], tower) -> 
     assert row_budget(row_length, tower) >= work
     layout = lay_out_groups([[frame for record in frames for frame in record]], tower, row_length=row_length)
     assert layout.row_length == row_length
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3), min_size=1, max_size=6))
+def test_whole_windows_need_no_margin(windows: list[list[tuple[int, int]]]) -> None:
+    """Pictures of so many windows each way: a row is as long as they are."""
+    side = window_side(TOWER) * TOWER.merge
+    frames = [[(side * rows, side * columns) for rows, columns in record] for record in windows]
+    work = sum(vision_work(record, TOWER) for record in frames)
+    assert all(all_whole(record, TOWER) for record in frames) and work == least_row(work, TOWER, True) == row_budget(work, TOWER, True)
+    layout = lay_out_groups([[frame for record in frames for frame in record]], TOWER, row_length=work)
+    assert layout.row_length == work
+    assert not all_whole([(side, side), (side, side - TOWER.merge)], TOWER)
 
 
 def row_excess(tower) -> int:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from blm_jax.data.chat import Tokenizer
 from blm_jax.data.command import prepare
-from blm_jax.data.corpora.budget import vision_work
+from blm_jax.data.corpora.budget import all_whole, vision_work
 from blm_jax.data.corpora.corpus import PreparedCorpus, Stored, decode_record, encode_record, open_corpus, shard_name, shard_writer
 from blm_jax.data.mixture import Mixture
 from blm_jax.data.prompt import PromptEngine
@@ -59,7 +59,7 @@ def own_engine(model_files: Path) -> PromptEngine:
 def test_lengths_are_those_of_the_examples(made: Path, own_engine: PromptEngine) -> None:
     corpus = open_corpus(made)
     assert len(corpus) == RECORDS and corpus.info["records"] == RECORDS
-    with_pictures = 0
+    with_pictures, whole = 0, True
     for number in range(len(corpus)):
         example = corpus.example(number, own_engine)
         frames = [(p.grid.rows, p.grid.columns) for p in example.pictures for _ in range(p.grid.frames)]
@@ -67,7 +67,9 @@ def test_lengths_are_those_of_the_examples(made: Path, own_engine: PromptEngine)
         assert vision_work(frames, own_engine.config.vision) == corpus.patches[number]
         assert corpus.stored(number).index == number
         with_pictures += bool(frames)
+        whole &= all_whole(frames, own_engine.config.vision)
     assert with_pictures == (corpus.patches > 0).sum() > 5
+    assert corpus.info["whole"] == corpus.in_mixture().whole == whole
 
 
 def test_it_is_a_part_of_a_mixture(made: Path) -> None:
