@@ -41,12 +41,12 @@ def seconds(driver: Any, rows_of: Any, robots: list[str], wanted: list[str], bat
 
     def play() -> float:
         progress = rollout.started(driver, rows, settings, states)
-        put = [rollout.put(part, mesh, own, count) for part in (rows, settings, limits, progress)]
-        jax.block_until_ready(put)
+        own_rows, own_settings, own_limits, at = (rollout.put(part, mesh, own, count) for part in (rows, settings, limits, progress))
+        jax.block_until_ready((own_rows, own_settings, own_limits, at))
         start = time.perf_counter()
         for number in range(turns):
-            put[3], _ = turn(driver.values, *put, np.int32(number))
-        jax.block_until_ready(put[3])
+            at, _ = turn(driver.values, own_rows, own_settings, own_limits, at, np.int32(number))
+        jax.block_until_ready(at)
         return time.perf_counter() - start
 
     with meshes.use(mesh):
