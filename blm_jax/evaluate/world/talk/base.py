@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -16,8 +17,8 @@ from blm_jax.config import BackboneConfig, ComputeConfig, DecoderConfig, TokenCo
 from blm_jax.convert.new import write_new_model
 from blm_jax.data.chat import WORDS
 from blm_jax.data.vision.pixels import PixelConfig
-from blm_jax.evaluate.world.talk.eyes import learn
-from blm_jax.evaluate.world.talk.questions import NAMES, REGIONS
+from blm_jax.evaluate.world.talk.eyes import FARTHEST, Spoken, learn
+from blm_jax.evaluate.world.talk.questions import GRID, NAMES, REGIONS, YES_NO
 from blm_jax.evaluate.world.talk.stills import NOUNS, STEPS
 from blm_jax.evaluate.world.talk.talks import sentences
 from blm_jax.evaluate.world.talk.wordings import CHOOSE
@@ -31,7 +32,8 @@ BRANCH = 0.35  # of what attention and feed-forward layers add at first
 EMBEDDED = 0.1  # the standard deviation of words
 # Each patch is a token of its own: four together would show what several things are, and mix them up.
 PIXELS = PixelConfig(min_pixels=28 * 28, max_pixels=4 * SIZE * SIZE, merge=1, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-VOCAB = 1024  # words and their parts, at most; 256 are the bytes, of which any text can be made
+VOCAB = 1536  # words and their parts, at most; 256 are the bytes, of which any text can be made
+NUMBERS = r" ?-?\p{N}{1,2}"  # a number is one word: of digits, each would have to know which the others are
 SAID = 4000  # sentences that the words are taken from
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -59,8 +61,8 @@ def write_seeing(path: epath.PathLike, seed: int = 0) -> list[dict[str, float]]:
     words = tokenizer(seed)
     config, assets = config_of(words), assets_of(words)
     params = drawn(config, seed)
-    tower, log = learn(params["vision"], config, PIXELS, seed)
-    write_new_model(path, config, {**params, "vision": tower}, assets)
+    learned, log = learn(params, config, PIXELS, spoken(words), seed)
+    write_new_model(path, config, learned, assets)
     return log
 
 
@@ -110,7 +112,7 @@ def tokenizer(seed: int) -> Tokenizer:
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Split(Regex(f"{NUMBERS}|{WORDS}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -121,13 +123,40 @@ def tokenizer(seed: int) -> Tokenizer:
     return made
 
 
+def spoken(words: Tokenizer) -> Spoken:
+    """The words that eyes learn to say."""
+
+    def each(said: Iterable[str]) -> np.ndarray:
+        return np.array([_word(words, one) for one in said], np.int32)
+
+    return Spoken(
+        colours=np.stack([each(COLOURS), each(f" {colour}" for colour in COLOURS)]),
+        nouns=np.stack([each(NOUNS), each(f" {noun}" for noun in NOUNS)]),
+        columns=each(f"{number}" for number in range(GRID)),
+        rows=each(f" {number}" for number in range(GRID)),
+        metres=each(f" {number}" for number in range(-FARTHEST, FARTHEST + 1)),
+    )
+
+
+def _word(words: Tokenizer, said: str) -> int:
+    found = words.encode(said).ids
+    if len(found) != 1:
+        raise ValueError(f"{said!r} is {len(found)} tokens of the small base, and should be one: show it to the tokenizer more often")
+    return found[0]
+
+
 def texts(seed: int) -> Iterator[str]:
     """What is said in this world, for its words."""
     for _ in range(8):
         yield "system\nuser\nassistant\n"
     for learned, _ in QUESTIONS.values():
         yield from learned
-    names = " or ".join((*COLOURS, *NOUNS, *(f"{noun}s" for noun in NOUNS), *STEPS, *REGIONS, *NAMES.values()))
+    answers = (*COLOURS, *NOUNS, *(f"{noun}s" for noun in NOUNS), *STEPS, *REGIONS, *NAMES.values(), *YES_NO)
+    names = " or ".join(answers)
+    for _ in range(3):  # each as the first word of an answer, too
+        yield from answers
+        yield from (f"{number} {number}" for number in range(GRID))
+        yield from (f"x -{number} y -{number}" for number in range(FARTHEST + 1))
     for words in (*CHOOSE[0], *CHOOSE[0]):
         yield words.format(f"the {names}", f"A {names}, B {names}, C yes, D no") + " x -1 y -2"
     for task, wordings in zip(range(len(TASKS)), WORDINGS, strict=True):

@@ -1,7 +1,8 @@
 """The small base's eyes, before it has words: its vision tower learns what each cell of a picture shows, and where.
 
 Words alone teach a tower this small to see, but slowly: of a sentence, few tokens depend on the picture. Here each visual token says for
-itself which thing has its middle there, if any, and where that is. The layer that it says so with is thrown away.
+itself which thing has its middle there, if any, and where that is: in numbers, and in the model's own words, so that numbers which are
+close become words that are close, and a colour looks as its word reads. The layers that it says so with are thrown away.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from blm_jax.batch import VisionRows
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.data.vision.pixels import PixelConfig, cut_patches, levels_of
 from blm_jax.evaluate.world import render
+from blm_jax.evaluate.world.talk.questions import GRID
 from blm_jax.evaluate.world.talk.stills import NOUNS, Still, stills
 from blm_jax.evaluate.world.tasks import COLOURS
 from blm_jax.evaluate.world.view import CAMERAS, SIZE
@@ -32,7 +34,20 @@ REACH = 0.25  # metres that x and y are divided by
 SCENES, BATCH, EPOCHS = 12_000, 32, 6
 RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
 TOLD = 50  # steps between those whose losses are told
-SAID = 1 + len(COLOURS) + len(NOUNS) + 4 + 2  # is there a thing; its colour, noun, and places in picture and world; the cell's own place
+MEASURED = 1 + 4 + 2  # is there a thing; its places in picture and world; the cell's own place
+FARTHEST = 30  # centimetres along x and y that there are words for
+NUMBER_SHARE = 0.25  # of the loss of each number's word
+HEADS = ("colour", "noun", "column", "row", "x", "y")  # what is said in words
+
+
+class Spoken(NamedTuple):
+    """Tokens of words, by what they mean."""
+
+    colours: np.ndarray  # [2, colours] as the first word of an answer, and behind another
+    nouns: np.ndarray  # [2, nouns]
+    columns: np.ndarray  # [GRID]
+    rows: np.ndarray  # [GRID]
+    metres: np.ndarray  # [2 * FARTHEST + 1] centimetres, in fact, from -FARTHEST on
 
 
 class Seen(NamedTuple):
@@ -43,10 +58,13 @@ class Seen(NamedTuple):
     colour: np.ndarray
     noun: np.ndarray
     place: np.ndarray  # [pictures, cells, 4] in the picture, from -1 to 1, and on the table, in REACH
+    numbers: np.ndarray  # [pictures, cells, 4] the places of words for its column, row, x and y
 
 
-def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, seed: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """The tower's parameters after it, and the losses on the way."""
+def learn(
+    params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, spoken: Spoken, seed: int
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """A model's parameters after it, of which the tower's and the words' are others, and the losses on the way."""
     seen = _gathered(islice(stills(seed, "train", robots=False), SCENES), SIZE // (pixels.merge * pixels.patch))
     cells = seen.there.shape[1]
     side = round(cells**0.5)
@@ -54,13 +72,18 @@ def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, s
     views, steps = len(CAMERAS), EPOCHS * SCENES // BATCH
     rate = optax.warmup_cosine_decay_schedule(0, RATE, int(WARMUP * steps), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, b2=0.98, weight_decay=0.01))
-    head = {"kernel": jnp.zeros((config.vision.out_width, SAID)), "bias": jnp.zeros(SAID)}
-    state = {"tower": jax.tree.map(jnp.copy, params), "head": head}  # a step uses up what it is given
+    width = config.vision.out_width
+    sizes = {"measured": MEASURED} | dict.fromkeys(HEADS, width)
+    heads = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
+    state = {"tower": params["vision"], "words": params["decoder"]["embed"]["embedding"], "heads": heads}
+    state = jax.tree.map(jnp.copy, state)  # a step uses up what it is given
     moments = optimizer.init(state)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(state: Any, moments: Any, seen: Seen) -> tuple[Any, Any, dict[str, jax.Array]]:
-        (_, told), slopes = jax.value_and_grad(partial(_loss, config=config, levels=levels_of(pixels), own=own), has_aux=True)(state, seen)
+        (_, told), slopes = jax.value_and_grad(
+            partial(_loss, config=config, levels=levels_of(pixels), spoken=spoken, own=own), has_aux=True
+        )(state, seen)
         updates, moments = optimizer.update(slopes, moments, state)
         return optax.apply_updates(state, updates), moments, told
 
@@ -73,7 +96,8 @@ def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, s
         state, moments, told = step(state, moments, batch._replace(pictures=patches))
         if (number + 1) % TOLD == 0:
             log.append({"step": number + 1, **{name: float(value) for name, value in told.items()}})
-    return state["tower"], log
+    decoder = {**params["decoder"], "embed": {"embedding": state["words"]}}
+    return {**params, "vision": state["tower"], "decoder": decoder}, log
 
 
 def _gathered(scenes: Iterator[Still], side: int) -> Seen:
@@ -88,7 +112,7 @@ def _gathered(scenes: Iterator[Still], side: int) -> Seen:
 def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) -> Seen:
     there = np.zeros(side * side, bool)
     colour, noun = (np.zeros(side * side, np.int32) for _ in range(2))
-    place = np.zeros((side * side, 4), np.float32)
+    place, numbers = np.zeros((side * side, 4), np.float32), np.zeros((side * side, 4), np.int32)
     positions = np.stack([thing.position for thing in still.things]).astype(np.float32)
     found, depth = render.project(camera, positions, SIZE)
     for i in np.argsort(-depth):  # the nearest last: it hides the others
@@ -96,23 +120,34 @@ def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) 
         cell, thing = row * side + column, still.things[int(i)]
         there[cell], colour[cell], noun[cell] = True, COLOURS.index(thing.colour), NOUNS.index(thing.noun)
         place[cell] = *(2 * found[i] / SIZE - 1), *(thing.position[:2] / REACH)
-    return Seen(picture, there, colour, noun, place)
+        on_table = np.clip(np.round(100 * thing.position[:2]), -FARTHEST, FARTHEST) + FARTHEST
+        numbers[cell] = *np.clip(GRID * found[i] / SIZE, 0, GRID - 1).astype(int), *on_table.astype(int)
+    return Seen(picture, there, colour, noun, place, numbers)
 
 
-def _loss(state: Any, seen: Seen, *, config: BackboneConfig, levels: Any, own: np.ndarray) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _loss(
+    state: Any, seen: Seen, *, config: BackboneConfig, levels: Any, spoken: Spoken, own: np.ndarray
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=nnx.Rngs(0)), state["tower"])
-    said = tower(_rows(jnp.asarray(seen.pictures), levels, config.vision.merge)) @ state["head"]["kernel"] + state["head"]["bias"]
-    exists, colour, noun, place, own_place = jnp.split(said, np.cumsum([1, len(COLOURS), len(NOUNS), 4]), axis=-1)
+    tokens = tower(_rows(jnp.asarray(seen.pictures), levels, config.vision.merge))
+    said = {name: tokens @ head["kernel"] + head["bias"] for name, head in state["heads"].items()}
+    exists, place, own_place = jnp.split(said["measured"], np.cumsum([1, 4]), axis=-1)
     there = jnp.asarray(seen.there, jnp.float32)
 
     def where_there(values: jax.Array) -> jax.Array:
         return jnp.sum(values * there) / jnp.sum(there)
 
+    def in_words(name: str, words: np.ndarray, meant: jax.Array) -> jax.Array:
+        logits = said[name] @ state["words"][words].T
+        return where_there(optax.softmax_cross_entropy_with_integer_labels(logits, meant))
+
+    numbers = zip(("column", "row", "x", "y"), (spoken.columns, spoken.rows, spoken.metres, spoken.metres), strict=True)
     off = jnp.abs(place - seen.place)
     parts = {
         "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists[..., 0], there)),
-        "colour": where_there(optax.softmax_cross_entropy_with_integer_labels(colour, seen.colour)),
-        "noun": where_there(optax.softmax_cross_entropy_with_integer_labels(noun, seen.noun)),
+        "colour": jnp.mean(jnp.stack([in_words("colour", words, seen.colour) for words in spoken.colours])),
+        "noun": jnp.mean(jnp.stack([in_words("noun", words, seen.noun) for words in spoken.nouns])),
+        "numbers": NUMBER_SHARE * sum(in_words(name, words, seen.numbers[..., i]) for i, (name, words) in enumerate(numbers)),
         "place": 4 * where_there(jnp.mean(off, axis=-1)),
         "own": jnp.mean(jnp.abs(own_place - own)),
     }

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -36,7 +37,7 @@ def test_it_is_a_model_as_any_other(untrained: Path) -> None:
     assert 1e6 < model.num_parameters() < 3e6
     assert sum(file.stat().st_size for file in untrained.iterdir()) <= LARGEST
     words = AutoTokenizer.from_pretrained(untrained)
-    chat = [{"role": "user", "content": "what is on the table?"}]
+    chat = [{"role": "user", "content": "what is on the table? red cube x -7 y 12, 43 68, or 128"}]
     text = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert words(text).input_ids == load_tokenizer(untrained).encode(text)
     assert Qwen2VLImageProcessorPil.from_pretrained(untrained).patch_size == base.PIXELS.patch
@@ -56,19 +57,22 @@ def test_what_is_said_here_are_words_and_not_letters(untrained: Path) -> None:
     asker, scenes = Asker(0, "train"), stills(0, "train")
     texts = [text for _ in range(40) for question in asker.ask(next(scenes), 5) for text in (question.prompt, question.answer)]
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    words = sum(len(re.findall(r"[a-zA-Z]+|\d|[^\sa-zA-Z\d]", text)) for text in texts)
-    assert tokens < 1.15 * words
+    words = sum(len(re.findall(r"[a-zA-Z]+|-?\d+|[^\sa-zA-Z\d]", text)) for text in texts)
+    assert tokens < 1.05 * words
 
 
 def test_eyes_learn(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few scenes seen often: their colours are told, and where things are; the rest of the tree is no business of theirs."""
+    """A few scenes seen often: their colours are told, and where things are; but for eyes and words all stays as it was."""
     for name, number in {"SCENES": 16, "BATCH": 8, "EPOCHS": 40, "TOLD": 20}.items():
         monkeypatch.setattr(eyes, name, number)
     config = read_config(untrained)
     params = base.drawn(config, 0)
-    tower, log = eyes.learn(params["vision"], config, base.PIXELS, 0)
+    learned, log = eyes.learn(params, config, base.PIXELS, base.spoken(base.tokenizer(0)), 0)
     first, last = log[0], log[-1]
     assert last["colour"] < 0.5 * first["colour"] and last["place"] < 0.8 * first["place"]
-    assert last["there"] < first["there"]
-    assert np.abs(np.asarray(tower["patch_embed"]["kernel"]) - np.asarray(params["vision"]["patch_embed"]["kernel"])).max() > 1e-3
+    assert last["there"] < first["there"] and last["numbers"] < 0.9 * first["numbers"]
+    for part, tree in params.items():
+        for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(learned[part]), strict=True):
+            moved = np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-3
+            assert moved == (part == "vision" or "embed" in jax.tree_util.keystr(path)) or "norm" in jax.tree_util.keystr(path)
     json.dumps(log)
