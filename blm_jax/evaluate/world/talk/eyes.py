@@ -36,7 +36,6 @@ RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
 TOLD = 50  # steps between those whose losses are told
 MEASURED = 1 + 4 + 2  # is there a thing; its places in picture and world; the cell's own place
 FARTHEST = 30  # centimetres along x and y that there are words for
-NUMBER_SHARE = 0.25  # of the loss of each number's word
 HEADS = ("colour", "noun", "column", "row", "x", "y")  # what is said in words
 
 
@@ -137,9 +136,9 @@ def _loss(
     def where_there(values: jax.Array) -> jax.Array:
         return jnp.sum(values * there) / jnp.sum(there)
 
-    def in_words(name: str, words: np.ndarray, meant: jax.Array) -> jax.Array:
+    def in_words(name: str, words: np.ndarray, meant: np.ndarray) -> jax.Array:
         logits = said[name] @ state["words"][words].T
-        return where_there(optax.softmax_cross_entropy_with_integer_labels(logits, meant))
+        return where_there(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(meant)))
 
     numbers = zip(("column", "row", "x", "y"), (spoken.columns, spoken.rows, spoken.metres, spoken.metres), strict=True)
     off = jnp.abs(place - seen.place)
@@ -147,7 +146,7 @@ def _loss(
         "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists[..., 0], there)),
         "colour": jnp.mean(jnp.stack([in_words("colour", words, seen.colour) for words in spoken.colours])),
         "noun": jnp.mean(jnp.stack([in_words("noun", words, seen.noun) for words in spoken.nouns])),
-        "numbers": NUMBER_SHARE * sum(in_words(name, words, seen.numbers[..., i]) for i, (name, words) in enumerate(numbers)),
+        "numbers": jnp.mean(jnp.stack([in_words(name, words, seen.numbers[..., i]) for i, (name, words) in enumerate(numbers)])),
         "place": 4 * where_there(jnp.mean(off, axis=-1)),
         "own": jnp.mean(jnp.abs(own_place - own)),
     }
