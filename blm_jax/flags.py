@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="blm", description="One model that answers questions about what it sees and drives robot arms.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_demo(_command(commands, "demo", demo, "train, drive robots, ask questions and export, in a small world and a quarter of an hour"))
+    _add_demo(_command(commands, "demo", demo, "train, drive robots, ask questions and export, in a small world"))
     _add_generate(_command(commands, "generate", generate, "answer a prompt about text, images and videos"))
     _add_act(_command(commands, "act", act, "sample chunks of actions for recorded observations"))
     _add_train(_command(commands, "train", train, "train the backbone on conversations, or the policy on demonstrations"))

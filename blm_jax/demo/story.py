@@ -36,7 +36,7 @@ CONFIGURED = ("base", "stage_one", "stage_two")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; the defaults take a quarter of an hour on two cores, the base three quarters of one more."""
+    """How much of everything."""
 
     things: int = 20_000  # scenes that the base looks at
     words: int = 4000  # sentences that it reads

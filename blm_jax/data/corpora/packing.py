@@ -52,12 +52,14 @@ def propose_row_length(mixture: Mixture, length: int, config: VisionConfig) -> i
     sample = sample[: len(sample) // POOL * POOL].reshape(-1, POOL) if len(sample) >= POOL else sample[None]
     lengths, works = mixture.tokens[sample], mixture.patches[sample]
 
+    whole = mixture.whole
+
     def fullness(row: int) -> float:
-        sequences = len(pack(lengths, works, Budget(length, row_budget(row, config, mixture.whole)))[1])
+        sequences = len(pack(lengths, works, Budget(length, row_budget(row, config, whole)))[1])
         return (DECODER * lengths.sum(dtype=np.int64) / length + works.sum(dtype=np.int64) / row) / sequences
 
     largest = int(mixture.patches.max())
-    rows = {least_row(max(length * patches * percent // (100 * tokens), largest), config, mixture.whole) for percent in MORE}
+    rows = {least_row(max(length * patches * percent // (100 * tokens), largest), config, whole) for percent in MORE}
     return max(sorted(rows), key=fullness)
 
 

@@ -83,9 +83,13 @@ def pictures(shapes: Shapes, camera: Camera, size: int) -> jax.Array:
 
     def some(shapes: Shapes) -> jax.Array:
         # One count for all scenes of a chunk: each scene's own would make masks of the loops' ends.
-        kinds = [kind._replace(count=jnp.max(kind.count)) for kind in jax.vmap(_coloured)(shapes)]
-        axes = [Kind((0,) * len(kind.shape), 0, None) for kind in kinds]  # type: ignore[arg-type]
-        return jax.vmap(lambda kinds: _picture(kinds, camera, size), (axes,))(kinds)
+        every = jax.vmap(_coloured)(shapes)
+        counts = [jnp.max(kind.count) for kind in every]
+
+        def one(kinds: list[Kind]) -> jax.Array:
+            return _picture([kind._replace(count=count) for kind, count in zip(kinds, counts, strict=True)], camera, size)
+
+        return jax.vmap(one)(every)
 
     made = jax.lax.map(some, jax.tree.map(lambda leaf: leaf.reshape(batch // chunk, chunk, *leaf.shape[1:]), shapes))
     return made.reshape(batch, *made.shape[2:])

@@ -134,7 +134,7 @@ def spoken(words: Tokenizer) -> Spoken:
         nouns=np.stack([each(NOUNS), each(f" {noun}" for noun in NOUNS)]),
         columns=each(f"{number}" for number in range(GRID)),
         rows=each(f" {number}" for number in range(GRID)),
-        metres=each(f" {number}" for number in range(-FARTHEST, FARTHEST + 1)),
+        centimetres=each(f" {number}" for number in range(-FARTHEST, FARTHEST + 1)),
     )
 
 

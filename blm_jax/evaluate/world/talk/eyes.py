@@ -46,7 +46,7 @@ class Spoken(NamedTuple):
     nouns: np.ndarray  # [2, nouns]
     columns: np.ndarray  # [GRID]
     rows: np.ndarray  # [GRID]
-    metres: np.ndarray  # [2 * FARTHEST + 1] centimetres, in fact, from -FARTHEST on
+    centimetres: np.ndarray  # [2 * FARTHEST + 1] from -FARTHEST on
 
 
 class Seen(NamedTuple):
@@ -140,7 +140,7 @@ def _loss(
         logits = said[name] @ state["words"][words].T
         return where_there(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(meant)))
 
-    numbers = zip(("column", "row", "x", "y"), (spoken.columns, spoken.rows, spoken.metres, spoken.metres), strict=True)
+    numbers = zip(("column", "row", "x", "y"), (spoken.columns, spoken.rows, spoken.centimetres, spoken.centimetres), strict=True)
     off = jnp.abs(place - seen.place)
     parts = {
         "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists[..., 0], there)),
