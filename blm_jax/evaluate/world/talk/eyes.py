@@ -34,9 +34,9 @@ REACH = 0.25  # metres that x and y are divided by
 SCENES, BATCH, EPOCHS = 12_000, 32, 6
 RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
 TOLD = 50  # steps between those whose losses are told
-MEASURED = 1 + 4 + 2  # is there a thing; its places in picture and world; the cell's own place
+MEASURED = 4 + 2  # a thing's places in picture and world; the cell's own place
 FARTHEST = 30  # centimetres along x and y that there are words for
-HEADS = ("colour", "noun", "column", "row", "x", "y")  # what is said in words
+NUMBERS = ("column", "row", "x", "y")  # what is said in words for numbers, each through a layer of its own
 
 
 class Spoken(NamedTuple):
@@ -57,7 +57,7 @@ class Seen(NamedTuple):
     colour: np.ndarray
     noun: np.ndarray
     place: np.ndarray  # [pictures, cells, 4] in the picture, from -1 to 1, and on the table, in REACH
-    numbers: np.ndarray  # [pictures, cells, 4] the places of words for its column, row, x and y
+    numbers: np.ndarray  # [pictures, cells, 4] words for its column and row, in the first picture, and its x and y
 
 
 def learn(
@@ -72,8 +72,9 @@ def learn(
     rate = optax.warmup_cosine_decay_schedule(0, RATE, int(WARMUP * steps), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, b2=0.98, weight_decay=0.01))
     width = config.vision.out_width
-    sizes = {"measured": MEASURED} | dict.fromkeys(HEADS, width)
-    heads = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
+    sizes = {"measured": MEASURED} | dict.fromkeys(NUMBERS, width)
+    heads: dict[str, Any] = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
+    heads["there"] = {"bias": jnp.zeros(())}
     state = {"tower": params["vision"], "words": params["decoder"]["embed"]["embedding"], "heads": heads}
     state = jax.tree.map(jnp.copy, state)  # a step uses up what it is given
     moments = optimizer.init(state)
@@ -114,13 +115,14 @@ def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) 
     place, numbers = np.zeros((side * side, 4), np.float32), np.zeros((side * side, 4), np.int32)
     positions = np.stack([thing.position for thing in still.things]).astype(np.float32)
     found, depth = render.project(camera, positions, SIZE)
+    pointed = np.clip([GRID * thing.place / SIZE for thing in still.things], 0, GRID - 1).astype(int)
+    on_table = np.clip(np.round(100 * positions[:, :2]), -FARTHEST, FARTHEST).astype(int) + FARTHEST
     for i in np.argsort(-depth):  # the nearest last: it hides the others
         column, row = (np.clip(found[i] / SIZE, 0, 1 - 1e-6) * side).astype(int)
         cell, thing = row * side + column, still.things[int(i)]
         there[cell], colour[cell], noun[cell] = True, COLOURS.index(thing.colour), NOUNS.index(thing.noun)
         place[cell] = *(2 * found[i] / SIZE - 1), *(thing.position[:2] / REACH)
-        on_table = np.clip(np.round(100 * thing.position[:2]), -FARTHEST, FARTHEST) + FARTHEST
-        numbers[cell] = *np.clip(GRID * found[i] / SIZE, 0, GRID - 1).astype(int), *on_table.astype(int)
+        numbers[cell] = *pointed[i], *on_table[i]
     return Seen(picture, there, colour, noun, place, numbers)
 
 
@@ -129,24 +131,25 @@ def _loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=nnx.Rngs(0)), state["tower"])
     tokens = tower(_rows(jnp.asarray(seen.pictures), levels, config.vision.merge))
-    said = {name: tokens @ head["kernel"] + head["bias"] for name, head in state["heads"].items()}
-    exists, place, own_place = jnp.split(said["measured"], np.cumsum([1, 4]), axis=-1)
+    heads, words = state["heads"], state["words"]
+    said = {name: tokens @ heads[name]["kernel"] + heads[name]["bias"] for name in ("measured", *NUMBERS)}
+    place, own_place = jnp.split(said["measured"], [4], axis=-1)
+    exists = tokens @ words[config.tokens.image] + heads["there"]["bias"]
     there = jnp.asarray(seen.there, jnp.float32)
 
     def where_there(values: jax.Array) -> jax.Array:
         return jnp.sum(values * there) / jnp.sum(there)
 
-    def in_words(name: str, words: np.ndarray, meant: np.ndarray) -> jax.Array:
-        logits = said[name] @ state["words"][words].T
-        return where_there(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(meant)))
+    def in_words(token: jax.Array, choices: np.ndarray, meant: np.ndarray) -> jax.Array:
+        return where_there(optax.softmax_cross_entropy_with_integer_labels(token @ words[choices].T, jnp.asarray(meant)))
 
-    numbers = zip(("column", "row", "x", "y"), (spoken.columns, spoken.rows, spoken.centimetres, spoken.centimetres), strict=True)
+    numbers = zip(NUMBERS, (spoken.columns, spoken.rows, spoken.centimetres, spoken.centimetres), strict=True)
     off = jnp.abs(place - seen.place)
     parts = {
-        "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists[..., 0], there)),
-        "colour": jnp.mean(jnp.stack([in_words("colour", words, seen.colour) for words in spoken.colours])),
-        "noun": jnp.mean(jnp.stack([in_words("noun", words, seen.noun) for words in spoken.nouns])),
-        "numbers": jnp.mean(jnp.stack([in_words(name, words, seen.numbers[..., i]) for i, (name, words) in enumerate(numbers)])),
+        "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists, there)),
+        "colour": jnp.mean(jnp.stack([in_words(tokens, choices, seen.colour) for choices in spoken.colours])),
+        "noun": jnp.mean(jnp.stack([in_words(tokens, choices, seen.noun) for choices in spoken.nouns])),
+        "numbers": jnp.mean(jnp.stack([in_words(said[name], choices, seen.numbers[..., i]) for i, (name, choices) in enumerate(numbers)])),
         "place": 4 * where_there(jnp.mean(off, axis=-1)),
         "own": jnp.mean(jnp.abs(own_place - own)),
     }

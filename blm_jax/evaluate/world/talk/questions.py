@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,6 @@ NAMES = {"panda": "Panda", "xarm6": "xArm 6", "xarm7": "xArm 7", "widowxai": "Wi
 LETTERS = "ABCD"
 TELLING = ("colour", "shape")  # types whose answers other questions tell by naming things: one of them a scene, and not of every scene
 TELLING_LEFT_OUT = 0.4
-PLACES = ("region", "place", "pixel")  # types that ask where a thing is
 CHOSEN = 0.3  # of those that may offer answers to choose from, do
 LEEWAY = 2  # that an answer may be ahead of the rarest one of its type
 
@@ -145,10 +144,13 @@ def _place(thing: Thing) -> str:
     return f"x {x} y {y}"
 
 
-def descriptions(still: Still) -> list[tuple[str, str]]:
-    """What to say and to answer of all things, from left to right."""
-    things = sorted(still.things, key=lambda thing: thing.place[0])
-    return [(words, ", ".join(f"{thing.colour} {thing.noun} {told(thing)}" for thing in things)) for words, told in DESCRIBE]
+def descriptions(still: Still, draw: random.Random) -> list[tuple[str, str]]:
+    """What to say and to answer of all things, in any order: which is named is not to be guessed, and where it is can only be seen."""
+    said = []
+    for words, told in draw.sample(DESCRIBE, len(DESCRIBE)):
+        things = draw.sample(still.things, len(still.things))
+        said.append((words, ", ".join(f"{thing.colour} {thing.noun} {told(thing)}" for thing in things)))
+    return said
 
 
 DESCRIBE = (("what is on the table?", _pixel), ("what is on the table, in centimetres?", _place))
@@ -178,12 +180,11 @@ class Asker:
         self._asked: Counter[str] = Counter()  # by type
         self._answered: Counter[tuple[str, str]] = Counter()  # by type and group, and by letter
 
-    def ask(self, still: Still, most: int, each: int = 1, types: Collection[str] = WORDINGS) -> list[Question]:
-        """Some questions, `each` of a type at most: those of the types, and with the answers, that were rarest so far."""
+    def ask(self, still: Still, most: int, each: int = 1) -> list[Question]:
+        """Some questions, `each` of a type at most: of the types, and with the answers, that were rarest so far."""
         by_type: dict[str, list[Case]] = {}
         for case in cases(still):
-            if case.type in types:
-                by_type.setdefault(case.type, []).append(case)
+            by_type.setdefault(case.type, []).append(case)
         order = sorted(by_type, key=lambda name: (self._asked[name], self._random.random()))
         told = [name for name in order if name in TELLING]
         left_out = told if self._random.random() < TELLING_LEFT_OUT else told[1:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -20,15 +20,15 @@ from blm_jax.convert.output import Output
 from blm_jax.convert.team import Team
 from blm_jax.data.files import open_path
 from blm_jax.errors import RequestError
-from blm_jax.evaluate.world.talk.questions import PLACES, Asker, Question, descriptions
+from blm_jax.evaluate.world.talk.questions import Asker, Question, descriptions
 from blm_jax.evaluate.world.talk.stills import Still, stills
-from blm_jax.evaluate.world.talk.wordings import SPLITS, WORDINGS
+from blm_jax.evaluate.world.talk.wordings import SPLITS
 from blm_jax.evaluate.world.tasks import COLOURS
 from blm_jax.evaluate.world.view import CAMERAS
 
 RECORDS = "records.jsonl"
 TURNS, EACH = {"train": 8, "test": 4}, {"train": 3, "test": 1}  # about a scene, and of these, of a type
-ROUND = 4  # scenes of things alone: one is described, of one it is asked where all are
+DESCRIBED = 2  # of scenes of things alone that are learned from, every so manieth is described, and not asked about
 SCENE_BYTES, SENTENCE_BYTES = 10_000, 300  # about as large as these become on disk
 
 Record = dict[str, Any]
@@ -37,26 +37,26 @@ Record = dict[str, Any]
 def write(path: epath.PathLike, count: int, seed: int, split: str, robots: bool = True) -> int:
     """Questions about so many scenes, into a directory that does not exist. How many questions there are.
 
-    Where there are no robots, every fourth scene is described instead, all its things and where they are; and another is asked where each
-    is. From these a model learns to find what is named, which all else wants.
+    Where there are no robots, every other scene that is learned from is described instead, all its things and where they are: each word of
+    that is learned from, and only a model that finds what is named says it right, which all questions want.
     """
     from PIL import Image
 
     asker, scenes = Asker(seed, _known(split)), stills(seed, split, robots)
+    draw, every = random.Random(f"{seed} {split} described"), DESCRIBED if split == "train" and not robots else 0
     questions = 0
 
     def records(directory: epath.Path) -> Iterator[Record]:
         nonlocal questions
         (directory / "pictures").mkdir()
         for number in tqdm(range(count), unit=" scenes", desc="questions", disable=None):
-            still, asked = _next_asked(scenes, asker, split, WORDINGS if robots or number % ROUND != ROUND // 2 else PLACES)
+            still, asked = _next_asked(scenes, asker, split)
+            if every and number % every == 0:
+                asked = [Question("list", words, answer, 0) for words, answer in descriptions(still, draw)]
             names = [f"pictures/{number:06}_{camera}.png" for camera in CAMERAS]
             for name, picture in zip(names, still.pictures, strict=True):
                 with (directory / name).open("wb") as file:
                     Image.fromarray(picture).save(file, "PNG", compress_level=1)
-            if not robots and number % ROUND == 0:
-                described = [Question("list", words, answer, 0) for words, answer in descriptions(still)]
-                asked = described if number % (2 * ROUND) else described[::-1]
             questions += len(asked)
             yield from [_record(names, asked)] if split == "train" else (_record(names, [question]) for question in asked)
 
@@ -70,10 +70,10 @@ def write_sentences(path: epath.PathLike, count: int, seed: int, split: str) -> 
     _write_whole(path, count, SENTENCE_BYTES, lambda directory: (_spoken("sentence", *next(made)) for _ in range(count)))
 
 
-def _next_asked(scenes: Iterator[Still], asker: Asker, split: str, types: Collection[str]) -> tuple[Still, list[Question]]:
+def _next_asked(scenes: Iterator[Still], asker: Asker, split: str) -> tuple[Still, list[Question]]:
     while True:
         still = next(scenes)
-        if asked := asker.ask(still, TURNS[split], EACH[split], types):
+        if asked := asker.ask(still, TURNS[split], EACH[split]):
             return still, asked
 
 

@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from blm_jax.config import ComputeConfig
 from blm_jax.data.chat import load_tokenizer
 from blm_jax.evaluate.world.talk import base, eyes
 from blm_jax.evaluate.world.talk.questions import Asker
 from blm_jax.evaluate.world.talk.stills import stills
+from blm_jax.models.layers import unstack
+from blm_jax.models.mllm import with_params
+from blm_jax.models.rope import text_rotary
 from blm_jax.weights.source import read_config
 
 LARGEST = 10_000_000  # bytes: it is part of the package
+PATCHES, SHOWING = 128, 40  # of two pictures, and which of them shows a thing
+ASKED = 64  # words that look
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +83,21 @@ def test_eyes_learn(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             moved = np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-3
             assert moved == (part == "vision" or "embed" in jax.tree_util.keystr(path)) or "norm" in jax.tree_util.keystr(path)
     json.dumps(log)
+
+
+def test_half_of_the_heads_begin_by_looking_at_things() -> None:
+    """Of many patches that show nothing one shows a thing: it is what they attend to, from near and far; the other heads do not care."""
+    config = base.config_of(base.tokenizer(0))
+    params = base.looking(base.drawn(config, 0), config)
+    decoder = with_params(config, ComputeConfig(), params).decoder
+    words = np.asarray(params["decoder"]["embed"]["embedding"])
+    seen = np.random.default_rng(0).normal(size=(PATCHES, config.decoder.width)).astype(np.float32)
+    seen[SHOWING] += 2 * words[config.tokens.image] / words[config.tokens.image].std()
+    for away in (1, 30, 300):
+        positions = np.r_[np.arange(PATCHES), np.full(ASKED, PATCHES + away)]
+        rotary = text_rotary(jnp.broadcast_to(positions, (1, 3, len(positions))), config.decoder)
+        for block in unstack(decoder.blocks):
+            q, k, _ = block.project(jnp.concatenate([seen, words[:ASKED]])[None], rotary)
+            scores = jnp.einsum("ahd,thd->hat", q[0, PATCHES:], k[0, :PATCHES]) / q.shape[-1] ** 0.5
+            others, looking = np.split(np.asarray(jax.nn.softmax(scores)[..., SHOWING].mean(axis=1)) * PATCHES, 2)
+            assert (looking > 4).all() and (others < 3).all(), (others, looking)
