@@ -209,7 +209,7 @@ class PolicyConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
 
     def __post_init__(self) -> None:
-        _check(self.intent_block >= 0, f"intent_block is {self.intent_block}: it counts blocks from the bottom")
+        _check(self.intent_block >= 1, f"intent_block is {self.intent_block}: it counts blocks from the bottom, the lowest is 1")
         _check(len(set(self.robots)) == len(self.robots) > 0, f"policy.robots {list(self.robots)} must be different names, at least one")
         _check(
             0 <= self.objective.prefix < self.horizon,

@@ -119,7 +119,7 @@ def toy(*, intent_width: int, horizon: int, state: int = 1, action: int = 2, que
     """Of one robot, for a problem that trains in seconds: a DiT of some 6e4 parameters."""
     return PolicyConfig(
         robots=("point",),
-        intent_block=0,
+        intent_block=1,
         intent_width=intent_width,
         horizon=horizon,
         bridge=BridgeConfig(queries=queries, blocks=1, width=32, heads=2, ffn=64, cameras=1),

@@ -195,6 +195,8 @@ def test_a_new_policy(tmp_path: Path) -> None:
         files.find("xarm7")
     with pytest.raises(RequestError, match="no row for the robot 'pand'; did you mean panda"):
         files.find("pand")
+    with pytest.raises(RequestError, match="intent_block is 0: it counts blocks from the bottom, the lowest is 1"):
+        replace(config, intent_block=0)
     with pytest.raises(RequestError, match="policy exists; choose another directory"):
         new_policy(tmp_path / "hub", config, known.robots, {})
     shutil.rmtree(tmp_path / "hub" / "policy")

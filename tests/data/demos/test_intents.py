@@ -118,7 +118,7 @@ STALE: dict[str, tuple[str, Callable[[PromptEngine, Any], tuple[PromptEngine, An
         "another robot entry: make",
         lambda engine, given: (engine, given | {"robot": replace(SMALL, cameras=(replace(SMALL.cameras[0], name="side"),))}),
     ),
-    "block": (r"another block \(1, not 0\)", lambda engine, given: (engine, given | {"policy": replace(POLICY, intent_block=0)})),
+    "block": (r"another block \(1, not 2\)", lambda engine, given: (engine, given | {"policy": replace(POLICY, intent_block=2)})),
     "augmentation": (
         r"another augmentation \(crop 0.1, seed 5, not crop 0.2, seed 5\)",
         lambda engine, given: (engine, given | {"augmentation": replace(ONE, changes=AugmentConfig(crop=0.2))}),

@@ -1,8 +1,9 @@
 """The small base's eyes, before it has words: its vision tower learns what each cell of a picture shows, and where.
 
 Words alone teach a tower this small to see, but slowly: of a sentence, few tokens depend on the picture. Here each visual token says for
-itself which thing has its middle there, if any, and where that is: in numbers, and in the model's own words, so that numbers which are
-close become words that are close, and a colour looks as its word reads. The layers that it says so with are thrown away.
+itself which thing has its middle there, if any, and where that is. What it shows points where the model's own words point, so that a red
+cube looks as "red" and "cube" read, and any thing as the picture's own word. Where it is is said in measures and in words for numbers, so
+that those which are close become words that are close; the layers for this are thrown away.
 """
 
 from __future__ import annotations

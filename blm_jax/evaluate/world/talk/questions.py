@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,15 +145,25 @@ def _place(thing: Thing) -> str:
 
 
 def descriptions(still: Still, draw: random.Random) -> list[tuple[str, str]]:
-    """What to say and to answer of all things, in any order: which is named is not to be guessed, and where it is can only be seen."""
+    """What to say and to answer of all things: where they are, in any order, so that which is named next is not to be guessed and where it
+    is can only be seen; and their names, in the order in which they stand.
+    """
     said = []
     for words, told in draw.sample(DESCRIBE, len(DESCRIBE)):
         things = draw.sample(still.things, len(still.things))
         said.append((words, ", ".join(f"{thing.colour} {thing.noun} {told(thing)}" for thing in things)))
-    return said
+    words, along = draw.choice(ORDER)
+    things = sorted(still.things, key=along)
+    return [*said, (words, ", ".join(f"{thing.colour} {thing.noun}" for thing in things))]
 
 
 DESCRIBE = (("what is on the table?", _pixel), ("what is on the table, in centimetres?", _place))
+ORDER: tuple[tuple[str, Callable[[Thing], float]], ...] = (
+    ("name all things from left to right.", lambda thing: float(thing.place[0])),
+    ("name all things from right to left.", lambda thing: -float(thing.place[0])),
+    ("name all things from the front to the back.", lambda thing: -float(thing.position[0])),
+    ("name all things from the back to the front.", lambda thing: float(thing.position[0])),
+)
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------

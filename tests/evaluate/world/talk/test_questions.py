@@ -424,15 +424,15 @@ def test_nothing_is_left_of_what_was_broken_off(tmp_path: Path, monkeypatch: pyt
 
 
 def test_without_robots(tmp_path: Path) -> None:
-    """Things alone; every other scene is described, in steps of the first picture and in centimetres, in either order."""
-    talks.write(tmp_path / "things", 16, 3, "train", robots=False)
-    scenes, firsts = stills(3, "train", robots=False), set()
+    """Things alone; every other scene is described: in steps of the first picture and in centimetres, in either order, and then named."""
+    talks.write(tmp_path / "things", 24, 3, "train", robots=False)
+    scenes, firsts, orders = stills(3, "train", robots=False), set(), set()
     for number, record in enumerate(records(tmp_path / "things")):
         still = next(scenes)
         assert still.robot is None and still.step is None and still.task is None
         assert not set(record["types"]) & {"robot", "held", "graspable", "next", "success", "nearer", "is_nearer"}
         assert record["leeway"] == [{"place": NEAR, "pixel": NEAR_STEPS}.get(name) for name in record["types"]]
-        assert (record["types"] == ["list", "list"]) == (number % 2 == 0)
+        assert (record["types"] == ["list"] * 3) == (number % 2 == 0)
         if number % 2 == 0:
             said = {
                 turn["value"].split("\n")[-1]: answer["value"] for turn, answer in zip(*2 * [iter(record["conversations"])], strict=True)
@@ -442,7 +442,14 @@ def test_without_robots(tmp_path: Path) -> None:
             assert metric.count(",") == said["what is on the table?"].count(",") == len(still.things) - 1
             for thing in still.things:
                 assert f"{thing.colour} {thing.noun} x {round(100 * float(thing.position[0]))} y" in metric
-    assert len(firsts) == 2
+            [(words, names)] = [(words, answer) for words, answer in said.items() if words.startswith("name all things")]
+            orders.add(words)
+            axis = 0 if "left" in words else 2  # columns to the right, x to the front
+            along = {f"{thing.colour} {thing.noun}": (*thing.place, *thing.position)[axis] for thing in still.things}
+            if len(along) == len(still.things):
+                told = [along[name] for name in names.split(", ")]
+                assert told == sorted(told, reverse=words.endswith(("to left.", "to the back.")))
+    assert len(firsts) == 2 and len(orders) == 4
 
 
 def test_any_type_may_be_asked_first() -> None:
