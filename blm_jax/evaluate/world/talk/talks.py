@@ -50,8 +50,10 @@ def write(path: epath.PathLike, count: int, seed: int, split: str, robots: bool 
         nonlocal questions
         (directory / "pictures").mkdir()
         for number in tqdm(range(count), unit=" scenes", desc="questions", disable=None):
-            still, asked = _next_asked(scenes, asker, split)
-            if every and number % every == 0:
+            if not every or number % every:
+                still, asked = _next_asked(scenes, asker, split)
+            else:  # and not asked about as well: the asker would take what nobody hears for answered
+                still = next(scenes)
                 asked = [Question("list", words, answer, 0) for words, answer in descriptions(still, draw)]
             names = [f"pictures/{number:06}_{camera}.png" for camera in CAMERAS]
             for name, picture in zip(names, still.pictures, strict=True):
