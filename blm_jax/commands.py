@@ -108,11 +108,11 @@ def demo(args: argparse.Namespace, process: int) -> Result:
 
 
 def new(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.evaluate.world.talk.base import write_seeing
+    from blm_jax.evaluate.world.talk.base import write_finding
 
-    result = {"out": args.out, "log": write_seeing(args.out, args.seed)}
+    result = {"out": args.out, "log": write_finding(args.out, args.seed)}
     if process == 0 and not args.json:
-        say(f"{args.out}: it sees, and has no words yet")
+        say(f"{args.out}: it sees and finds, and answers nothing yet")
     return result
 
 

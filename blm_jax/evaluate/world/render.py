@@ -112,18 +112,18 @@ def first_seen(shapes: Shapes, camera: Camera, size: int) -> tuple[jax.Array, ja
 def project(camera: Camera, points: Any, size: int) -> tuple[Any, Any]:
     """Where points [..., 3] of a NumPy or JAX array are in the picture: column and row in pixels, and how far ahead [...]."""
     numpy = np if isinstance(points, np.ndarray) else jnp
-    ahead, right, up = (numpy.asarray(axis) for axis in look_at(camera))
+    ahead, right, up = look_at(camera, numpy)
     away = points - numpy.asarray(camera.position)
     depth = away @ ahead
     scale = size / 2 / numpy.tan(camera.field / 2)
     return numpy.stack([size / 2 + scale * (away @ right) / depth, size / 2 - scale * (away @ up) / depth], axis=-1), depth
 
 
-def look_at(camera: Camera) -> tuple[jax.Array, jax.Array, jax.Array]:
+def look_at(camera: Camera, numpy: Any = jnp) -> tuple[Any, Any, Any]:
     """The camera's axes in the world: ahead, right and up."""
-    ahead = _unit(jnp.asarray(camera.target, jnp.float32) - jnp.asarray(camera.position, jnp.float32))
-    right = _unit(jnp.cross(ahead, jnp.asarray(camera.up, jnp.float32)))
-    return ahead, right, jnp.cross(right, ahead)
+    ahead = _unit(numpy.asarray(camera.target, np.float32) - numpy.asarray(camera.position, np.float32), numpy)
+    right = _unit(numpy.cross(ahead, numpy.asarray(camera.up, np.float32)), numpy)
+    return ahead, right, numpy.cross(right, ahead)
 
 
 # --- rays ----------------------------------------------------------------------------------------------------------------
@@ -317,5 +317,5 @@ def _not_zero(number: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(number) < TINY, TINY, number)
 
 
-def _unit(vector: jax.Array) -> jax.Array:
-    return vector / jnp.sqrt(jnp.sum(vector * vector))
+def _unit(vector: Any, numpy: Any = jnp) -> Any:
+    return vector / numpy.sqrt(numpy.sum(vector * vector))

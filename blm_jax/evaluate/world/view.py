@@ -54,18 +54,10 @@ def joined(*parts: Shapes) -> Shapes:
 def arm_shapes(arm: Arm, base: jax.Array, joints: jax.Array, opening: jax.Array) -> Shapes:
     """Three boxes, a rod from joint to joint and one to the hand, and a foot."""
     frames, tool = arms.forward(arm, base, joints)
-    turned = tool[:3, :3]
-    pad_y = opening * arm.stroke / 2 + arm.pad[1]
-    behind = -2 * arm.pad[2] - arm.palm[2]
-    in_hand = jnp.stack([jnp.stack([0 * pad_y, y, z]) for y, z in ((0 * pad_y, behind), (-pad_y, -arm.pad[2]), (pad_y, -arm.pad[2]))])
-    in_world = tool[:3, 3] + in_hand @ turned.T
-    places = jnp.concatenate([base[None], frames[:, :3, 3], in_world[:1]])  # [JOINTS + 2, 3]
+    hand = hand_shapes(tool, jnp.stack([arm.palm, arm.pad]), opening * arm.stroke, jnp.asarray(HAND_COLOUR), jnp.asarray(PAD_COLOUR))
+    places = jnp.concatenate([base[None], frames[:, :3, 3], hand.box_centre[:1]])  # [JOINTS + 2, 3]
     foot_wide, foot_high = PEDESTAL
-    return _only(
-        box_centre=in_world,
-        box_rotation=jnp.broadcast_to(turned, (3, 3, 3)),
-        box_half=jnp.stack([arm.palm, arm.pad, arm.pad]),
-        box_colour=jnp.asarray([HAND_COLOUR, PAD_COLOUR, PAD_COLOUR]),
+    links = _only(
         rod_start=places[:-1],
         rod_end=places[1:],
         rod_radius=jnp.concatenate([arm.girth, arm.girth[-1:]]),
@@ -74,6 +66,22 @@ def arm_shapes(arm: Arm, base: jax.Array, joints: jax.Array, opening: jax.Array)
         drum_radius=foot_wide * arm.girth[:1],
         drum_half=jnp.full(1, foot_high),
         drum_colour=arm.colour[None],
+    )
+    return joined(hand, links)
+
+
+def hand_shapes(tool: jax.Array, half: jax.Array, apart: jax.Array, palm: jax.Array, pad: jax.Array | None = None) -> Shapes:
+    """A palm and two pads whose inner sides are so far apart; half sizes [2, 3] of both kinds, and their colours."""
+    palm_half, pad_half = half
+    turned, pad = tool[:3, :3], palm if pad is None else pad
+    pad_y = apart / 2 + pad_half[1]
+    behind = -2 * pad_half[2] - palm_half[2]
+    in_hand = jnp.stack([jnp.stack([0 * pad_y, y, z]) for y, z in ((0 * pad_y, behind), (-pad_y, -pad_half[2]), (pad_y, -pad_half[2]))])
+    return _only(
+        box_centre=tool[:3, 3] + in_hand @ turned.T,
+        box_rotation=jnp.broadcast_to(turned, (3, 3, 3)),
+        box_half=jnp.stack([palm_half, pad_half, pad_half]),
+        box_colour=jnp.stack([palm, pad, pad]),
     )
 
 
@@ -88,6 +96,11 @@ def body_shapes(kind: jax.Array, half: jax.Array, position: jax.Array, rotation:
         ball_radius=jnp.where(kind == BALL, half[:, 0], 0),
         ball_colour=colour,
     )
+
+
+def bar_shapes(ends: jax.Array, girth: jax.Array, colour: jax.Array) -> Shapes:
+    """Rods that hang one on the other."""
+    return _only(rod_start=ends[:-1], rod_end=ends[1:], rod_radius=girth, rod_colour=jnp.broadcast_to(colour, (len(girth), 3)))
 
 
 def place_shapes(setting: Setting) -> Shapes:

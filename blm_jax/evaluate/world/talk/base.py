@@ -17,10 +17,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from blm_jax.config import BackboneConfig, ComputeConfig, DecoderConfig, TokenConfig, VisionConfig
 from blm_jax.convert.new import write_new_model
 from blm_jax.data.chat import WORDS
+from blm_jax.data.chat import Tokenizer as Chat
+from blm_jax.data.prompt import PromptEngine
 from blm_jax.data.vision.pixels import PixelConfig
-from blm_jax.evaluate.world.talk.eyes import FARTHEST, Spoken, learn
+from blm_jax.evaluate.world.talk import eyes, finding
+from blm_jax.evaluate.world.talk.eyes import FARTHEST, Spoken
 from blm_jax.evaluate.world.talk.questions import GRID, NAMES, REGIONS, YES_NO
-from blm_jax.evaluate.world.talk.stills import NOUNS, STEPS
+from blm_jax.evaluate.world.talk.stills import FORK, GOAL, NOUNS, STEPS
 from blm_jax.evaluate.world.talk.talks import sentences
 from blm_jax.evaluate.world.talk.wordings import CHOOSE
 from blm_jax.evaluate.world.talk.wordings import WORDINGS as QUESTIONS
@@ -59,14 +62,18 @@ def write_untrained(path: epath.PathLike, seed: int = 0) -> None:
     write_new_model(path, config, drawn(config, seed), assets_of(words))
 
 
-def write_seeing(path: epath.PathLike, seed: int = 0) -> list[dict[str, float]]:
-    """The same, but that its eyes have learned: see `eyes`. The losses on the way."""
+def write_finding(path: epath.PathLike, seed: int = 0) -> dict[str, list[dict[str, float]]]:
+    """The same, but that its eyes have learned to see (`eyes`), and its decoder to find what is named (`finding`). Losses on the way."""
     words = tokenizer(seed)
-    config, assets = config_of(words), assets_of(words)
-    params = drawn(config, seed)
-    learned, log = learn(params, config, PIXELS, spoken(words), seed)
-    write_new_model(path, config, looking(learned, config), assets)
-    return log
+    config, assets, known = config_of(words), assets_of(words), spoken(words)
+    params, seeing = eyes.learn(drawn(config, seed), config, PIXELS, known, seed)
+    params, found = finding.learn(looking(params, config), config, engine_of(words), known, seed)
+    write_new_model(path, config, params, assets)
+    return {"eyes": seeing, "finding": found}
+
+
+def engine_of(words: Tokenizer) -> PromptEngine:
+    return PromptEngine(config_of(words), Chat(words, TEMPLATE, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}), PIXELS)
 
 
 def drawn(config: BackboneConfig, seed: int) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def config_of(words: Tokenizer) -> BackboneConfig:
     width = 128
     vision = VisionConfig(layers=3, width=width, heads=4, ffn=3 * width, out_width=width, merge=PIXELS.merge, full_attention_layers=())
     decoder = DecoderConfig(
-        layers=4,
+        layers=5,
         width=width,
         heads=2,
         kv_heads=2,
@@ -152,7 +159,7 @@ def spoken(words: Tokenizer) -> Spoken:
 
     return Spoken(
         colours=np.stack([each(COLOURS), each(f" {colour}" for colour in COLOURS)]),
-        nouns=np.stack([each(NOUNS), each(f" {noun}" for noun in NOUNS)]),
+        nouns=np.stack([each((*NOUNS, GOAL, FORK)), each(f" {noun}" for noun in (*NOUNS, GOAL, FORK))]),
         columns=each(f"{number}" for number in range(GRID)),
         rows=each(f" {number}" for number in range(GRID)),
         centimetres=each(f" {number}" for number in range(-FARTHEST, FARTHEST + 1)),
@@ -172,12 +179,13 @@ def texts(seed: int) -> Iterator[str]:
         yield "system\nuser\nassistant\n"
     for learned, _ in QUESTIONS.values():
         yield from learned
-    answers = (*COLOURS, *NOUNS, *(f"{noun}s" for noun in NOUNS), *STEPS, *REGIONS, *NAMES.values(), *YES_NO)
+    nouns = (*NOUNS, "thing")
+    answers = (*COLOURS, *nouns, GOAL, FORK, *(f"{noun}s" for noun in nouns), *STEPS, *REGIONS, *NAMES.values(), *YES_NO)
     names = " or ".join(answers)
     for _ in range(3):  # each as the first word of an answer, too
         yield from answers
         yield from (f"{number} {number}" for number in range(GRID))
-        yield from (f"x -{number} y -{number}" for number in range(FARTHEST + 1))
+        yield from (f"x -{number} y -{number} z {number}" for number in range(FARTHEST + 1))
     for words in (*CHOOSE[0], *CHOOSE[0]):
         yield words.format(f"the {names}", f"A {names}, B {names}, C yes, D no") + " x -1 y -2"
     for task, wordings in zip(range(len(TASKS)), WORDINGS, strict=True):

@@ -32,33 +32,40 @@ from blm_jax.models.layers import around
 from blm_jax.models.vision import VisionTower
 
 REACH = 0.25  # metres that x and y are divided by
-SCENES, BATCH, EPOCHS = 12_000, 32, 6
+SCENES, BATCH, EPOCHS = 16_000, 32, 5
 RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
 TOLD = 50  # steps between those whose losses are told
-MEASURED = 4 + 2  # a thing's places in picture and world; the cell's own place
-FARTHEST = 30  # centimetres along x and y that there are words for
-NUMBERS = ("column", "row", "x", "y")  # what is said in words for numbers, each through a layer of its own
+PLACE = 5  # a thing's places in picture and world
+MEASURED = PLACE + 2 + 2  # which way a cube is turned; the cell's own place
+FARTHEST = 35  # centimetres along x, y and z that there are words for
+PALM = np.array([0, 0, 0.06])  # where a fork is seen, from its tips: there may be a thing between those
+NUMBERS = ("column", "row", "x", "y", "z")  # what is said in words for numbers, each through a layer of its own
 
 
 class Spoken(NamedTuple):
     """Tokens of words, by what they mean."""
 
     colours: np.ndarray  # [2, colours] as the first word of an answer, and behind another
-    nouns: np.ndarray  # [2, nouns]
+    nouns: np.ndarray  # [2, nouns + 2], the last ones a mark's and a fork's
     columns: np.ndarray  # [GRID]
     rows: np.ndarray  # [GRID]
     centimetres: np.ndarray  # [2 * FARTHEST + 1] from -FARTHEST on
+
+    def of_numbers(self) -> tuple[np.ndarray, ...]:
+        """By NUMBERS."""
+        return self.columns, self.rows, self.centimetres, self.centimetres, self.centimetres
 
 
 class Seen(NamedTuple):
     """What is true of the cells of pictures, [pictures, cells] each."""
 
     pictures: np.ndarray  # [pictures, size, size, 3] uint8; where they are learned from, patches [pictures, patches, values]
-    there: np.ndarray  # bool: the middle of a thing
-    colour: np.ndarray
+    there: np.ndarray  # bool: the middle of a thing or of a mark, or a fork's tips
+    colour: np.ndarray  # -1 where there is none
     noun: np.ndarray
-    place: np.ndarray  # [pictures, cells, 4] in the picture, from -1 to 1, and on the table, in REACH
-    numbers: np.ndarray  # [pictures, cells, 4] words for its column and row, in the first picture, and its x and y
+    place: np.ndarray  # [pictures, cells, PLACE] in the picture, from -1 to 1, and in the world, in REACH
+    turn: np.ndarray  # [pictures, cells, 2] cosine and sine of a cube's, four times; zeros for all else
+    numbers: np.ndarray  # [pictures, cells, NUMBERS] words for its column and row, in the first picture, and its x, y and z
 
 
 def learn(
@@ -111,54 +118,94 @@ def _gathered(scenes: Iterator[Still], side: int) -> Seen:
 
 
 def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) -> Seen:
-    there = np.zeros(side * side, bool)
-    colour, noun = (np.zeros(side * side, np.int32) for _ in range(2))
-    place, numbers = np.zeros((side * side, 4), np.float32), np.zeros((side * side, 4), np.int32)
-    positions = np.stack([thing.position for thing in still.things]).astype(np.float32)
-    found, depth = render.project(camera, positions, SIZE)
-    pointed = np.clip([GRID * thing.place / SIZE for thing in still.things], 0, GRID - 1).astype(int)
-    on_table = np.clip(np.round(100 * positions[:, :2]), -FARTHEST, FARTHEST).astype(int) + FARTHEST
+    there, count = np.zeros(side * side, bool), len(shown(still))
+    owner = owners(still, camera, side)
+    colour, noun = (np.full(side * side, number, np.int32) for number in (-1, 0))
+    place, turn = np.zeros((side * side, PLACE), np.float32), np.zeros((side * side, 2), np.float32)
+    numbers = np.zeros((side * side, len(NUMBERS)), np.int32)
+    all_of = [facts(still, number) for number in range(count)]
+    found, _ = render.project(camera, np.stack([each.position for each in all_of]), SIZE)
+    for cell in np.flatnonzero(owner >= 0):
+        each = all_of[owner[cell]]
+        there[cell], colour[cell], noun[cell], turn[cell], numbers[cell] = True, each.colour, each.noun, each.turn, each.numbers
+        place[cell] = *(2 * found[owner[cell]] / SIZE - 1), *(each.position / REACH)
+    return Seen(picture, there, colour, noun, place, turn, numbers)
+
+
+class Facts(NamedTuple):
+    """What is true of what `shown` counts, as it is learned."""
+
+    position: np.ndarray  # [3]
+    colour: int
+    noun: int
+    turn: tuple[float, float]
+    numbers: np.ndarray  # [NUMBERS]
+
+
+def shown(still: Still) -> list[tuple[np.ndarray, int]]:
+    """Middles of all things, of the mark and of the fork if there are, and of which noun each is."""
+    others = [(place, len(NOUNS) + i) for i, place in enumerate((still.goal, still.tip)) if place is not None]
+    return [(thing.position, NOUNS.index(thing.noun)) for thing in still.things] + others
+
+
+def facts(still: Still, number: int) -> Facts:
+    position, noun = shown(still)[number]
+    position = np.asarray(position, np.float32)
+    pointed, _ = render.project(CAMERAS["front"], position, SIZE)
+    pointed = np.clip(GRID * pointed / SIZE, 0, GRID - 1)
+    numbers = np.array([*pointed, *(np.clip(np.round(100 * position), -FARTHEST, FARTHEST) + FARTHEST)], np.int32)
+    if noun >= len(NOUNS):
+        return Facts(position, -1, noun, (0.0, 0.0), numbers)
+    thing = still.things[number]
+    turn = (0.0, 0.0) if thing.turn is None else (float(np.cos(4 * thing.turn)), float(np.sin(4 * thing.turn)))
+    return Facts(position, COLOURS.index(thing.colour), noun, turn, numbers)
+
+
+def owners(still: Still, camera: render.Camera, side: int) -> np.ndarray:
+    """Of each of side * side cells of a picture, what has its middle there, as `shown` counts; -1 where nothing has."""
+    owner = np.full(side * side, -1)
+    places = [place + PALM * (noun == len(NOUNS) + 1) for place, noun in shown(still)]
+    found, depth = render.project(camera, np.stack(places).astype(np.float32), SIZE)
     for i in np.argsort(-depth):  # the nearest last: it hides the others
         column, row = (np.clip(found[i] / SIZE, 0, 1 - 1e-6) * side).astype(int)
-        cell, thing = row * side + column, still.things[int(i)]
-        there[cell], colour[cell], noun[cell] = True, COLOURS.index(thing.colour), NOUNS.index(thing.noun)
-        place[cell] = *(2 * found[i] / SIZE - 1), *(thing.position[:2] / REACH)
-        numbers[cell] = *pointed[i], *on_table[i]
-    return Seen(picture, there, colour, noun, place, numbers)
+        owner[row * side + column] = i
+    return owner
 
 
 def _loss(
     state: Any, seen: Seen, *, config: BackboneConfig, levels: Any, spoken: Spoken, own: np.ndarray
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=nnx.Rngs(0)), state["tower"])
-    tokens = tower(_rows(jnp.asarray(seen.pictures), levels, config.vision.merge))
+    tokens = tower(rows_of(jnp.asarray(seen.pictures), levels, config.vision.merge))
     heads, words = state["heads"], state["words"]
     said = {name: tokens @ heads[name]["kernel"] + heads[name]["bias"] for name in ("measured", *NUMBERS)}
-    place, own_place = jnp.split(said["measured"], [4], axis=-1)
+    place, turn, own_place = jnp.split(said["measured"], [PLACE, PLACE + 2], axis=-1)
     exists = tokens @ words[config.tokens.image] + heads["there"]["bias"]
     there = jnp.asarray(seen.there, jnp.float32)
 
-    def where_there(values: jax.Array) -> jax.Array:
-        return jnp.sum(values * there) / jnp.sum(there)
+    def where(there: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.sum(values * there) / jnp.maximum(jnp.sum(there), 1)
 
     def in_words(token: jax.Array, choices: np.ndarray, meant: np.ndarray) -> jax.Array:
-        return where_there(optax.softmax_cross_entropy_with_integer_labels(token @ words[choices].T, jnp.asarray(meant)))
+        loss = optax.softmax_cross_entropy_with_integer_labels(token @ words[choices].T, jnp.maximum(jnp.asarray(meant), 0))
+        return where(there * (jnp.asarray(meant) >= 0), loss)
 
-    numbers = zip(NUMBERS, (spoken.columns, spoken.rows, spoken.centimetres, spoken.centimetres), strict=True)
+    numbers = zip(NUMBERS, spoken.of_numbers(), strict=True)
     off = jnp.abs(place - seen.place)
     parts = {
         "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists, there)),
         "colour": jnp.mean(jnp.stack([in_words(tokens, choices, seen.colour) for choices in spoken.colours])),
         "noun": jnp.mean(jnp.stack([in_words(tokens, choices, seen.noun) for choices in spoken.nouns])),
         "numbers": jnp.mean(jnp.stack([in_words(said[name], choices, seen.numbers[..., i]) for i, (name, choices) in enumerate(numbers)])),
-        "place": 4 * where_there(jnp.mean(off, axis=-1)),
+        "place": PLACE * where(there, jnp.mean(off, axis=-1)),
+        "turn": where(jnp.any(jnp.asarray(seen.turn) != 0, axis=-1), jnp.mean(jnp.abs(turn - seen.turn), axis=-1)),
         "own": jnp.mean(jnp.abs(own_place - own)),
     }
-    told = {**parts, "off_cm": 100 * REACH * where_there(jnp.mean(off[..., 2:], axis=-1))}
+    told = {**parts, "off_cm": 100 * REACH * where(there, jnp.mean(off[..., 2:], axis=-1))}
     return sum(parts.values(), jnp.float32(0)), told
 
 
-def _rows(patches: jax.Array, levels: Any, merge: int) -> VisionRows:
+def rows_of(patches: jax.Array, levels: Any, merge: int) -> VisionRows:
     """A row a picture, which is one window."""
     rows, count = patches.shape[:2]
     side = round(count**0.5)

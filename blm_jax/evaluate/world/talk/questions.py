@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blm_jax.evaluate.world.arms import ROBOTS
-from blm_jax.evaluate.world.talk.stills import NOUNS, STEPS, Still, Thing
+from blm_jax.evaluate.world.talk.stills import FORK, NOUNS, STEPS, Still, Thing
 from blm_jax.evaluate.world.talk.wordings import CHOOSE, SPLITS, WORDINGS
 from blm_jax.evaluate.world.tasks import COLOURS
 from blm_jax.evaluate.world.view import SIZE
@@ -31,6 +31,8 @@ COUNTS = ("0", "1", "2", "3")
 YES_NO = ("yes", "no")
 REGIONS = tuple(" ".join(words) for words in itertools.product(("far", "middle", "near"), ("left", "centre", "right")))
 NAMES = {"panda": "Panda", "xarm6": "xArm 6", "xarm7": "xArm 7", "widowxai": "WidowX"}
+HAND = "hand"
+MARKS = ("the goal", "the target", "the marked point")
 LETTERS = "ABCD"
 TELLING = ("colour", "shape")  # types whose answers other questions tell by naming things: one of them a scene, and not of every scene
 TELLING_LEFT_OUT = 0.4
@@ -84,7 +86,8 @@ def _of_pairs(still: Still) -> Iterator[Case]:
 
 
 def _of_counts(still: Still) -> Iterator[Case]:
-    if still.step is None and still.instruction is None and len(still.things) < len(COUNTS):  # a target or a bin might be counted too
+    # A mark or a bin might be counted too.
+    if still.step is None and still.instruction is None and still.goal is None and len(still.things) < len(COUNTS):
         yield Case("count", str(len(still.things)), ("things",), COUNTS[1:], "all")
     colours, nouns = Counter(thing.colour for thing in still.things), Counter(thing.noun for thing in still.things)
     found = [
@@ -107,6 +110,12 @@ def _of_things(still: Still) -> Iterator[Case]:
             yield Case("region", REGIONS[3 * int(np.searchsorted(ROWS, x)) + int(np.searchsorted(COLUMNS, y))], words, REGIONS)
         yield Case("place", _place(thing), words, leeway=NEAR)
         yield Case("pixel", _pixel(thing), words, leeway=NEAR_STEPS)
+    if still.goal is not None:
+        yield from (Case("goal", _point(still.goal), (name,), leeway=NEAR) for name in MARKS)
+    if still.tip is not None:
+        yield Case("tip", _point(still.tip), (f"the {_end(still)}",), leeway=NEAR)
+        if still.robot is None:
+            yield from (Case("between", YES_NO[int(i != still.around)], (_name(still.things[i]),), YES_NO) for i in _named_numbers(still))
 
 
 def _of_the_arm(still: Still) -> Iterator[Case]:
@@ -126,8 +135,17 @@ def _of_the_arm(still: Still) -> Iterator[Case]:
 
 def _named(still: Still) -> list[Thing]:
     """The things that colour and shape tell from all others."""
+    return [still.things[i] for i in _named_numbers(still)]
+
+
+def _named_numbers(still: Still) -> list[int]:
     counts = Counter(map(_name, still.things))
-    return [thing for thing in still.things if counts[_name(thing)] == 1]
+    return [i for i, thing in enumerate(still.things) if counts[_name(thing)] == 1]
+
+
+def _end(still: Still) -> str:
+    """What arms and bars end in."""
+    return FORK if still.robot is None else HAND
 
 
 def _name(thing: Thing) -> str:
@@ -144,20 +162,26 @@ def _place(thing: Thing) -> str:
     return f"x {x} y {y}"
 
 
+def _point(place: np.ndarray) -> str:
+    x, y, z = (round(100 * float(metres)) for metres in place)
+    return f"x {x} y {y} z {z}"
+
+
 def descriptions(still: Still, draw: random.Random) -> list[tuple[str, str]]:
     """What to say and to answer of all things: where they are, in any order, so that which is named next is not to be guessed and where it
     is can only be seen; and their names, in the order in which they stand.
     """
-    said = []
-    for words, told in draw.sample(DESCRIBE, len(DESCRIBE)):
-        things = draw.sample(still.things, len(still.things))
-        said.append((words, ", ".join(f"{thing.colour} {thing.noun} {told(thing)}" for thing in things)))
+    points = [("goal", still.goal), (_end(still), still.tip)]
+    points = [f"{name} {_point(place)}" for name, place in points if place is not None]
+    in_centimetres = [f"{thing.colour} {thing.noun} {_place(thing)}" for thing in still.things] + points
+    in_pixels = [f"{thing.colour} {thing.noun} {_pixel(thing)}" for thing in still.things]
+    said = [(DESCRIBE[0], in_pixels), (DESCRIBE[1], in_centimetres)]
     words, along = draw.choice(ORDER)
-    things = sorted(still.things, key=along)
-    return [*said, (words, ", ".join(f"{thing.colour} {thing.noun}" for thing in things))]
+    ordered = ", ".join(f"{thing.colour} {thing.noun}" for thing in sorted(still.things, key=along))
+    return [(words, ", ".join(draw.sample(told, len(told)))) for words, told in draw.sample(said, len(said))] + [(words, ordered)]
 
 
-DESCRIBE = (("what is on the table?", _pixel), ("what is on the table, in centimetres?", _place))
+DESCRIBE = ("what is on the table?", "what is on the table, in centimetres?")
 ORDER: tuple[tuple[str, Callable[[Thing], float]], ...] = (
     ("name all things from left to right.", lambda thing: float(thing.place[0])),
     ("name all things from right to left.", lambda thing: -float(thing.place[0])),

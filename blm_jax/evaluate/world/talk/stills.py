@@ -24,11 +24,16 @@ from blm_jax.evaluate.world.scene import BALL, BODIES, BOX, NOTHING, Setting, Sh
 LOOSE = 4  # things beside a task's bodies
 DRUM = 3  # a kind that only those are of
 NOUNS = ("cube", "ball", "cylinder", "peg")
+GOAL = "goal"  # what a mark is called, in the air or on the table
+FORK = "fork"  # what a chain of bars ends in, where there are no robots
+BARS = 5
 STEPS = ("approach", "grasp", "lift", "move", "release")
 STEP_SHARES = (0.15, 0.4, 0.15, 0.15, 0.15)  # only a hand about to grasp shows what can be grasped
 
 BATCH = 96  # scenes at a time
-AREA = ((-0.18, 0.18), (-0.22, 0.22))  # x and y of loose things
+AREA = ((-0.18, 0.18), (-0.22, 0.22))  # x and y of what hands are brought to
+WIDE = ((-0.3, 0.18), (-0.22, 0.22))  # of loose things: WidowX picks up far ones
+MARK_HIGH = (0.03, 0.34)  # of marks in the air
 APART = 0.075  # metres between middles
 SEEN = 12  # pixels that each thing has in the first picture
 FREE = 4  # pixels from the picture's edge, at least
@@ -45,6 +50,7 @@ class Thing:
     colour: str
     position: np.ndarray  # [3]
     place: np.ndarray  # [2] column and row of its middle in the first picture
+    turn: float | None = None  # radians about the vertical, of what has square sides
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,11 @@ class Still:
 
     pictures: np.ndarray  # [cameras, size, size, 3]
     things: tuple[Thing, ...]
+    goal: np.ndarray | None  # [3] a mark, where it can be seen
+    tip: np.ndarray | None  # [3] between the tips of a hand or fork
     robot: str | None
     base: np.ndarray  # [3]
-    around: int | None  # what the open hand is around
+    around: int | None  # what the open hand or the fork is around
     held: int | None
     wanted: int | None  # what is to be brought to the target
     step: str | None  # what the hand is to do next for that
@@ -75,6 +83,13 @@ class Extras(NamedTuple):
     has_arm: Any  # []
     has_pose: Any  # []
     pose: Any  # [4, 4] of the tool
+    bars: Any  # [BARS + 1, 3] from end to end, one hanging on the other
+    girth: Any  # [BARS]
+    bar_colour: Any  # [3]
+    fork: Any  # [4, 4] pose between its tips
+    fork_half: Any  # [2, 3] of what its prongs are fixed to, and of each prong
+    fork_open: Any  # [] metres between them
+    fork_colour: Any  # [3]
 
 
 def stills(seed: int, split: str, robots: bool = True) -> Iterator[Still]:
@@ -90,9 +105,9 @@ def _batch(random: np.random.Generator, may_have_arms: bool) -> Iterator[Still]:
     drafts = [_Draft(random, *_one(begun, i), robot=int(robots[i]) if may_have_arms else None) for i in range(BATCH)]
     columns = zip(*(draft.arrays() for draft in drafts), strict=True)
     setting, state, extras = (jax.tree.map(lambda *leaves: np.stack(leaves), *column) for column in columns)
-    pictures, sizes, left, done = (np.asarray(array) for array in _drawn(may_have_arms)(setting, state, extras))
+    pictures, sizes, left, tools, done = (np.asarray(array) for array in _drawn(may_have_arms)(setting, state, extras))
     for i, draft in enumerate(drafts):
-        still = draft.still(pictures[i], sizes[i], bool(done[i]))
+        still = draft.still(pictures[i], sizes[i], tools[i], bool(done[i]))
         if (left[i] < REACHED).all() and still is not None:
             yield still
 
@@ -116,28 +131,32 @@ def _drawn(may_have_arms: bool) -> Callable:
 
 
 def drawn(setting: Setting, state: State, extras: Extras, may_have_arms: bool = True) -> tuple[jax.Array, ...]:
-    """Of a batch: pictures, the pixels of each thing in the first one, what hands lack to their poses, and whether tasks have succeeded."""
+    """Of a batch: pictures, the pixels of each thing and of the mark in the first one, what hands lack to their poses, where hands are, and
+    whether tasks have succeeded.
+    """
 
-    def arranged(setting: Setting, state: State, extras: Extras) -> tuple[Shapes, jax.Array, jax.Array]:
+    def arranged(setting: Setting, state: State, extras: Extras) -> tuple[Shapes, jax.Array, jax.Array, jax.Array]:
         if not may_have_arms:
-            return _shapes(setting, state, extras, may_have_arms), jnp.zeros(2), jnp.array(False)
+            return _shapes(setting, state, extras, may_have_arms), jnp.zeros(2), jnp.zeros(3), jnp.array(False)
         joints, left = reach(setting.arm, setting.base, extras.pose, setting.arm.ready, setting.arm.ready, ITERATIONS)
         state = state._replace(joints=jnp.where(extras.has_pose, joints, state.joints))
-        return _shapes(setting, state, extras, may_have_arms), jnp.where(extras.has_pose, left, 0), tasks.succeeded(setting, state)
+        left, tool = jnp.where(extras.has_pose, left, 0), arms.forward(setting.arm, setting.base, state.joints)[1][:3, 3]
+        return _shapes(setting, state, extras, may_have_arms), left, tool, tasks.succeeded(setting, state)
 
     def sizes(shapes: Shapes) -> jax.Array:
         seen, _ = render.first_seen(shapes, view.CAMERAS["front"], view.SIZE)
         boxes, others = len(shapes.box_half), len(shapes.ball_radius) + len(shapes.rod_radius)
         places = [(i, boxes + i) for i in range(BODIES)]
         places += [(BODIES + i, boxes + BODIES + i, boxes + others + i) for i in range(LOOSE)]
+        places.append((boxes + BODIES + LOOSE, boxes + others + LOOSE, boxes + others + LOOSE + 1))
         return jnp.stack([sum((jnp.sum(seen == number) for number in place), jnp.int32(0)) for place in places])
 
-    shapes, left, done = jax.vmap(arranged)(setting, state, extras)
-    return view.pictures(shapes), jax.lax.map(sizes, shapes, batch_size=render.CHUNK), left, done
+    shapes, left, tools, done = jax.vmap(arranged)(setting, state, extras)
+    return view.pictures(shapes), jax.lax.map(sizes, shapes, batch_size=render.CHUNK), left, tools, done
 
 
 def _shapes(setting: Setting, state: State, extras: Extras, may_have_arms: bool) -> Shapes:
-    """Bodies and loose things come first of their kinds."""
+    """Bodies and loose things come first of their kinds, and then the mark."""
     bodies = view.body_shapes(setting.kind, setting.half, state.position, state.rotation, setting.colour)
     loose = view.body_shapes(extras.kind, extras.half, extras.position, extras.rotation, extras.colour)
     is_drum = extras.kind == DRUM
@@ -147,13 +166,17 @@ def _shapes(setting: Setting, state: State, extras: Extras, may_have_arms: bool)
         drum_half=extras.half[:, 2],
         drum_colour=extras.colour,
     )
+    marks = view.place_shapes(setting)
     if not may_have_arms:
-        return view.joined(bodies, drums)
+        bars = view.bar_shapes(extras.bars, extras.girth, extras.bar_colour)
+        return view.joined(
+            bodies, drums, marks, bars, view.hand_shapes(extras.fork, extras.fork_half, extras.fork_open, extras.fork_colour)
+        )
     arm = view.arm_shapes(setting.arm, setting.base, state.joints, state.opening)
     arm = arm._replace(
         box_half=arm.box_half * extras.has_arm, rod_radius=arm.rod_radius * extras.has_arm, drum_radius=arm.drum_radius * extras.has_arm
     )
-    return view.joined(bodies, drums, arm, view.place_shapes(setting))
+    return view.joined(bodies, drums, marks, arm)
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------------
@@ -173,6 +196,13 @@ class _Draft:
             has_arm=np.array(True),
             has_pose=np.array(False),
             pose=np.eye(4, dtype=np.float32),
+            bars=np.zeros((BARS + 1, 3), np.float32),
+            girth=np.zeros(BARS, np.float32),
+            bar_colour=np.zeros(3, np.float32),
+            fork=np.eye(4, dtype=np.float32),
+            fork_half=np.zeros((2, 3), np.float32),
+            fork_open=np.float32(0),
+            fork_colour=np.zeros(3, np.float32),
         )
         self.around: int | None = None
         self.step: str | None = None
@@ -191,9 +221,9 @@ class _Draft:
     def arrays(self) -> tuple[Setting, State, Extras]:
         return self.setting, self.state, self.extras
 
-    def still(self, pictures: np.ndarray, sizes: np.ndarray, done: bool) -> Still | None:
+    def still(self, pictures: np.ndarray, sizes: np.ndarray, tool: np.ndarray, done: bool) -> Still | None:
         kinds = np.concatenate([self.setting.kind, self.extras.kind])
-        there = np.flatnonzero(kinds != NOTHING)
+        there, mark_size = np.flatnonzero(kinds != NOTHING), sizes[-1]
         half, colour = (np.concatenate(pair) for pair in ((self.setting.half, self.extras.half), (self.setting.colour, self.extras.colour)))
         position = np.concatenate([self.state.position, self.extras.position])
         places, _ = render.project(view.CAMERAS["front"], position, view.SIZE)
@@ -201,13 +231,20 @@ class _Draft:
             return None
         names = {BALL: "ball", DRUM: "cylinder", BOX: "cube"}
         nouns = ["peg" if half[i, 0] > 2 * half[i, 1] else names[int(kinds[i])] for i in there]
+        rotation = np.concatenate([self.state.rotation, self.extras.rotation])
+        turns = [float(np.arctan2(rotation[i, 1, 0], rotation[i, 0, 0])) if names[int(kinds[i])] == "cube" else None for i in there]
         colours = [tasks.COLOURS[int(np.abs(tasks.PALETTE - colour[i]).sum(-1).argmin())] for i in there]
         order = {int(number): i for i, number in enumerate(there)}
         held = int(self.state.held)
         has_arm = bool(self.extras.has_arm)
         return Still(
             pictures=pictures,
-            things=tuple(Thing(noun, colour, position[i], places[i]) for noun, colour, i in zip(nouns, colours, there, strict=True)),
+            things=tuple(
+                Thing(noun, colour, position[i], places[i], turn if noun == "cube" else None)
+                for noun, colour, i, turn in zip(nouns, colours, there, turns, strict=True)
+            ),
+            goal=self.setting.goal if self.setting.goal_seen and mark_size >= SEEN else None,
+            tip=self._tip(tool),
             robot=arms.ROBOTS[self.robot] if has_arm and self.robot is not None else None,
             base=self.setting.base,
             around=None if self.around is None else order[self.around],
@@ -218,6 +255,15 @@ class _Draft:
             instruction=self._instruction() if self.is_task else None,
             succeeded=done if self.is_task else None,
         )
+
+    def _tip(self, tool: np.ndarray) -> np.ndarray | None:
+        """Where it is, if there is one and both cameras see the place."""
+        has_fork = self.extras.fork_half.any()
+        tip = tool if self.robot is not None and self.extras.has_arm else self.extras.fork[:3, 3] if has_fork else None
+        if tip is None:
+            return None
+        found = np.stack([render.project(camera, tip, view.SIZE)[0] for camera in view.CAMERAS.values()])
+        return tip if (np.abs(found - view.SIZE / 2) < view.SIZE / 2 - FREE).all() else None
 
     def _instruction(self) -> str:
         task, wanted, other = (int(number) for number in tasks.asked(self.setting))
@@ -230,11 +276,17 @@ class _Draft:
         self.setting = self.setting._replace(
             kind=np.full(BODIES, NOTHING, np.int32), goal_seen=np.array(False), has_bin=np.array(False), base=self._base()
         )
+        if self.random.random() < 0.5:
+            height = self.random.uniform(*MARK_HIGH) if self.random.random() < 0.7 else 0
+            goal = np.array([*self._somewhere(WIDE), height], np.float32)
+            self.setting = self.setting._replace(goal=goal, goal_seen=np.array(True))
         self.extras = self.extras._replace(has_arm=np.array(self.robot is not None and self.random.random() < 0.4))
         self.state = self.state._replace(joints=self._joints(0.1))
         count = int(self.random.integers(1, most + 1))
         for number in range(BODIES + LOOSE - count, BODIES + LOOSE):  # the last ones may be cylinders
             self._put(number)
+        if self.robot is None and self.random.random() < 0.6:
+            self._hang_bars()
 
     def _a_step(self, step: str) -> None:
         """The first body is to be brought to a target, and this is what comes next."""
@@ -302,6 +354,40 @@ class _Draft:
 
     # Where things are
 
+    def _hang_bars(self) -> None:
+        """A chain from behind the table to a fork above it or about a thing, of no colour that things have."""
+        random = self.random
+        tip, apart = np.array([*self._somewhere(WIDE), random.uniform(0.01, 0.35)]), random.uniform(0.02, 0.1)
+        if (there := np.flatnonzero(self.extras.kind != NOTHING)).size and random.random() < 0.6:
+            number, is_above = int(random.choice(there)), random.random() < 0.4
+            tip = self.extras.position[number] * (1, 1, 0) + [0, 0, random.uniform(0.005, 0.02) + BESIDE * is_above]
+            apart = random.uniform(0.06, 0.1)
+            self.around = None if is_above else BODIES + number
+        fork, half = np.eye(4), np.array([random.uniform(0.02, 0.05, 3), random.uniform((0.006, 0.004, 0.012), (0.012, 0.008, 0.03))])
+        c, s = np.cos(turn := random.uniform(0, 2 * np.pi)), np.sin(turn)
+        lean = random.normal(0, 0.15, 3)
+        fork[:3, :3] = np.linalg.qr(np.array([[c, s, 0], [s, -c, 0], [0, 0, -1]]) + np.outer([0, 0, 1], lean))[0]
+        fork[:3, :3] *= np.sign(np.sum(fork[:3, :3] * np.array([[c, s, 0], [s, -c, 0], [0, 0, -1]]), axis=0))
+        fork[:3, 3] = tip
+        wrist = tip - fork[:3, 2] * (2 * half[1, 2] + 2 * half[0, 2])
+        foot = np.array([random.uniform(-0.65, -0.3), random.uniform(-0.15, 0.15), 0.0])
+        share = np.linspace(0, 1, BARS + 1)[:, None]
+        bend = np.array([0, 0, random.uniform(0.2, 0.6)]) * np.sin(np.pi * share)
+        bars = foot + share * (wrist - foot) + bend + random.normal(0, 0.04, (BARS + 1, 3)) * np.sin(np.pi * share)
+        bars[:, 2] = np.maximum(bars[:, 2], 0.04 * (share[:, 0] < 1))
+        self.extras = self.extras._replace(
+            bars=bars.astype(np.float32),
+            girth=np.sort(random.uniform(0.02, 0.06, BARS))[::-1].astype(np.float32),
+            bar_colour=self._grey(0.1, 0.95),
+            fork=fork.astype(np.float32),
+            fork_half=half.astype(np.float32),
+            fork_open=np.float32(apart),
+            fork_colour=self._grey(0.05, 0.35),
+        )
+
+    def _grey(self, low: float, high: float) -> np.ndarray:
+        return np.clip(self.random.uniform(low, high) + self.random.uniform(-0.12, 0.12, 3), 0, 1).astype(np.float32)
+
     def _put(self, number: int) -> None:
         """One more thing, if there is room."""
         random = self.random
@@ -314,7 +400,7 @@ class _Draft:
             half[:] = random.uniform(0.05, 0.08), 0.014, 0.014
         room = APART + half[0] * (noun == "peg")
         for _ in range(40):
-            place = self._somewhere()
+            place = self._somewhere(WIDE)
             if all(np.linalg.norm(place - other) > room for other in self.taken):
                 break
         else:
@@ -350,8 +436,8 @@ class _Draft:
     def _azimuth(self, place: np.ndarray) -> float:
         return float(np.arctan2(place[1] - self.setting.base[1], place[0] - self.setting.base[0]))
 
-    def _somewhere(self) -> np.ndarray:
-        return np.array([self.random.uniform(*side) for side in AREA])
+    def _somewhere(self, area: tuple[tuple[float, float], ...] = AREA) -> np.ndarray:
+        return np.array([self.random.uniform(*side) for side in area])
 
     def _away_from(self, place: np.ndarray, distance: float) -> np.ndarray:
         return max((self._somewhere() for _ in range(8)), key=lambda other: min(np.linalg.norm(other - place), distance))

@@ -28,7 +28,7 @@ from blm_jax.evaluate.world.view import CAMERAS
 
 RECORDS = "records.jsonl"
 TURNS, EACH = {"train": 8, "test": 4}, {"train": 3, "test": 1}  # about a scene, and of these, of a type
-DESCRIBED = 2  # of scenes of things alone that are learned from, every so manieth is described, and not asked about
+DESCRIBED = 2  # of scenes that are learned from, every so manieth is described, and not asked about
 SCENE_BYTES, SENTENCE_BYTES = 10_000, 300  # about as large as these become on disk
 
 Record = dict[str, Any]
@@ -37,13 +37,13 @@ Record = dict[str, Any]
 def write(path: epath.PathLike, count: int, seed: int, split: str, robots: bool = True) -> int:
     """Questions about so many scenes, into a directory that does not exist. How many questions there are.
 
-    Where there are no robots, every other scene that is learned from is described instead, all its things and where they are: each word of
-    that is learned from, and only a model that finds what is named says it right, which all questions want.
+    Every other scene that is learned from is described instead, all its things and where they are: each word of that is learned from, and
+    only a model that finds what is named says it right, which all questions want.
     """
     from PIL import Image
 
     asker, scenes = Asker(seed, _known(split)), stills(seed, split, robots)
-    draw, every = random.Random(f"{seed} {split} described"), DESCRIBED if split == "train" and not robots else 0
+    draw, every = random.Random(f"{seed} {split} described"), DESCRIBED if split == "train" else 0
     questions = 0
 
     def records(directory: epath.Path) -> Iterator[Record]:

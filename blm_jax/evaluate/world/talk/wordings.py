@@ -170,6 +170,15 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         forms("can the robot grasp {0} now?", "is {0} between the open fingers?"),
     ),
+    "between": (
+        forms(
+            "is {0} between the prongs[?| now?| of the fork?]",
+            "does the fork [stand|hang] around {0}?",
+            "{0}: [is it between the prongs|does the fork hang around it]?",
+            "is the fork around {0}?",
+        ),
+        forms("does {0} lie between the prongs?", "is it {0} that is between the prongs?"),
+    ),
     "next": (
         forms(
             "{0} is to [be put on|go to|come to] the target. [what is next|what is the next step|what does the robot do next]?",
@@ -202,6 +211,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         forms("which robot do you see?", "this robot has which name?"),
     ),
 }
+WORDINGS["tip"] = WORDINGS["goal"] = (
+    forms(
+        "where is {0}, in centimetres?",
+        "what are x, y and z of {0} in centimetres?",
+        "[tell|say] x, y and z of {0} in centimetres[.|, please.]",
+        "{0}: [tell|say] x, y and z in centimetres.",
+        "in centimetres, what are x, y and z of {0}?",
+        "in centimetres, [tell|say] x, y and z of {0}.",
+        "[tell|say] in centimetres where {0} is.",
+    ),
+    forms("in centimetres, where is {0}?", "{0}: what are x, y and z in centimetres?"),
+)
 CHOOSE = (
     forms(
         "{0} choose: {1}. answer with the letter.",

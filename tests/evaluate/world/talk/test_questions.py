@@ -98,11 +98,28 @@ def bare(apart: int = 10) -> list[Still]:
     return found
 
 
+def marked(still: Still) -> np.ndarray | None:
+    """Where both pictures see the green of a mark, if it is whole in both."""
+    centres = []
+    for picture in still.pictures:
+        values = picture.astype(float) / 255
+        bright = values.max(-1, keepdims=True)
+        rows, columns = np.nonzero((np.abs(values / np.maximum(bright, 0.05) - np.array(view.GOAL_COLOUR)) < 0.12).all(-1))
+        if len(rows) < 20 or max(np.ptp(rows), np.ptp(columns)) > 12 or min(rows.min(), columns.min()) == 0:
+            return None
+        centres.append(np.array([columns.mean(), rows.mean()]) + 0.5)
+    return lines_meet(centres)
+
+
 def triangulated(still: Still, thing: int) -> np.ndarray:
+    return lines_meet([centre(still, thing, number) for number in range(len(view.CAMERAS))])
+
+
+def lines_meet(centres: list[np.ndarray]) -> np.ndarray:
     """Where the lines of sight of both cameras come nearest to each other."""
     matrix, right = np.zeros((3, 3)), np.zeros(3)
-    for number, camera in enumerate(view.CAMERAS.values()):
-        column, row = (centre(still, thing, number) / view.SIZE * 2 - 1) * np.tan(float(camera.field) / 2)
+    for middle, camera in zip(centres, view.CAMERAS.values(), strict=True):
+        column, row = (middle / view.SIZE * 2 - 1) * np.tan(float(camera.field) / 2)
         ahead, aside, up = (np.asarray(axis, float) for axis in look_at(camera))
         ray = ahead + column * aside - row * up
         across = np.eye(3) - np.outer(ray, ray) / (ray @ ray)
@@ -179,6 +196,17 @@ def test_places_are_where_both_pictures_see_them() -> None:
     assert np.median(off) < 0.5 and np.quantile(off, 0.85) < 0.75
 
 
+def test_marks_are_where_both_pictures_see_them() -> None:
+    """Their green is of no thing; a mark in the air is at the place that is told."""
+    off = []
+    for still in scenes():
+        if still.goal is not None and still.goal[2] > 0 and still.robot is None:
+            [answer] = {case.answer for case in questions.cases(still) if case.type == "goal"}
+            if (mark := marked(still)) is not None:
+                off.append(np.abs(100 * mark - [int(number) for number in answer.split()[1::2]]).max())
+    assert len(off) >= 15 and np.median(off) < 0.6
+
+
 def test_points_are_where_the_pixels_are() -> None:
     off = []
     for still, case in given("pixel", bare()):
@@ -246,6 +274,18 @@ def on_target(still: Still) -> bool:
     return bool((below.min(-1) > 200).mean() > 0.3)
 
 
+def test_hands_are_where_it_is_dark() -> None:
+    """About the palm, above the tips."""
+    dark = []
+    for still in scenes():
+        if still.tip is not None:
+            found, _ = project(view.CAMERAS["front"], still.tip + np.array([0, 0, 0.05]), view.SIZE)
+            column, row = np.clip(found, 3, view.SIZE - 4).astype(int)
+            window = still.pictures[0][row - 3 : row + 4, column - 3 : column + 4]
+            dark.append(bool(((window.max(-1) < 75) & (np.ptp(window.astype(int), axis=-1) < 20)).any()))
+    assert len(dark) >= 50 and np.mean(dark) > 0.95
+
+
 def test_what_is_held_and_what_could_be() -> None:
     for still, case in given("held"):
         assert (case.answer == "yes") == (still.held == named(still, case.words[0]))
@@ -284,7 +324,7 @@ def test_no_answer_is_worth_guessing(split: str) -> None:
     answers: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
     for question in asked(split):
         answers[question.type, question.choices][question.answer] += 1
-    assert {name for name, _ in answers} == set(WORDINGS)
+    assert {name for name, _ in answers} == set(WORDINGS) - {"between"}  # forks hang where there are no robots
     large = {key: counts for key, counts in answers.items() if counts.total() >= 40}
     assert len(large) >= 15
     for (name, choices), counts in large.items():
@@ -424,14 +464,17 @@ def test_nothing_is_left_of_what_was_broken_off(tmp_path: Path, monkeypatch: pyt
 
 
 def test_without_robots(tmp_path: Path) -> None:
-    """Things alone; every other scene is described: in steps of the first picture and in centimetres, in either order, and then named."""
+    """Things, marks and forks; every other scene is described: in steps of the first picture and in centimetres, in either order, and then
+    named.
+    """
     talks.write(tmp_path / "things", 24, 3, "train", robots=False)
     scenes, firsts, orders = stills(3, "train", robots=False), set(), set()
     for number, record in enumerate(records(tmp_path / "things")):
         still = next(scenes)
         assert still.robot is None and still.step is None and still.task is None
         assert not set(record["types"]) & {"robot", "held", "graspable", "next", "success", "nearer", "is_nearer"}
-        assert record["leeway"] == [{"place": NEAR, "pixel": NEAR_STEPS}.get(name) for name in record["types"]]
+        leeway = {"pixel": NEAR_STEPS} | dict.fromkeys(("place", "goal", "tip"), NEAR)
+        assert record["leeway"] == [leeway.get(name) for name in record["types"]]
         assert (record["types"] == ["list"] * 3) == (number % 2 == 0)
         if number % 2 == 0:
             said = {
@@ -439,7 +482,12 @@ def test_without_robots(tmp_path: Path) -> None:
             }
             firsts.add(record["conversations"][0]["value"].split("\n")[-1])
             metric = said["what is on the table, in centimetres?"]
-            assert metric.count(",") == said["what is on the table?"].count(",") == len(still.things) - 1
+            assert said["what is on the table?"].count(",") == len(still.things) - 1
+            points = [("goal", still.goal), ("fork", still.tip)]
+            there = [
+                f"{name} x {c[0]} y {c[1]} z {c[2]}" for name, at in points if at is not None for c in [np.round(100 * at).astype(int)]
+            ]
+            assert all(point in metric for point in there) and metric.count(",") == len(still.things) + len(there) - 1
             for thing in still.things:
                 assert f"{thing.colour} {thing.noun} x {round(100 * float(thing.position[0]))} y" in metric
             [(words, names)] = [(words, answer) for words, answer in said.items() if words.startswith("name all things")]
