@@ -116,7 +116,7 @@ class Ours:
 
     def _prompts(self, observations: int) -> Prompts:
         examples = self.sizes.examples(observations)
-        return jax.tree.map(jnp.asarray, prompts_of(examples, self.sizes.backbone, self.sizes.length))
+        return jax.tree.map(jnp.asarray, prompts_of(examples, self.sizes.backbone, self.sizes.policy.instruction, self.sizes.length))
 
     def _config(self, case: Case) -> PolicyConfig:
         """A policy is given the last chunk's steps if it was trained so. No weight depends on it."""

@@ -190,8 +190,9 @@ class ObjectiveConfig:
         _check(0 <= self.ema < 1, f"objective.ema is {self.ema}: it must lie in [0, 1)")
 
 
-# Where it stands to the pictures: in a causal decoder, pictures before it cannot see it.
-Instruction = Literal["before", "after"]
+# Where it stands to the pictures: in a causal decoder, pictures before it cannot see it. "alone": after them, and its words alone, which
+# have looked at the pictures, are intent: a small part of it, for backbones whose words hold what they name.
+Instruction = Literal["before", "after", "alone"]
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Actor:
         shards = meshes.batch_shards(self.mesh)
         length = bucket(max(len(example.tokens) for example in examples))
         rows = [*examples, *[None] * (-len(examples) % shards)]
-        return meshes.put(prompts_of(rows, self.engine.config, length, row_multiple=shards), self.mesh)
+        return meshes.put(prompts_of(rows, self.engine.config, instruction, length, row_multiple=shards), self.mesh)
 
     def _robots(self, states: Sequence[np.ndarray], robots: Sequence[Robot], rows: int) -> RobotRows:
         config = self.policy.config

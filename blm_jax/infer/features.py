@@ -128,7 +128,7 @@ def estimate(request: Request, opened: Opened) -> dict[str, Any]:
     examples = [_example(one, opened) for one in opened.demonstrations]
     steps = [len(one) + one.episodes for one in opened.demonstrations]  # an episode may have an observation after its last action
     frames = sum(steps) * request.augmentation.versions
-    seen = [intent_tokens(example, opened.backbone)[0].sum() for example in examples]
+    seen = [intent_tokens(example, opened.backbone, opened.policy.instruction)[0].sum() for example in examples]
     tokens = float(np.average(seen, weights=steps))
     frame_bytes = tokens * store.token_bytes(request.form, opened.policy.intent_width)
     told: dict[str, Any] = {

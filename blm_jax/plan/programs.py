@@ -58,7 +58,7 @@ def outline_two(run: Run, stage_two: StageTwoConfig, mesh: Mesh) -> tuple[Outlin
     kinds = {"action/task": tuple(one.task or one.path for one in stage_two.sets if not one.held_out)}
     cached = bool(stage_two.intents)
     found = outline(run, mesh, None if cached else backbone, policy, kinds)
-    seen = rows.prompts(backbone, robot, stage_two.instruction_tokens)
+    seen = rows.prompts(backbone, policy, robot, stage_two.instruction_tokens)
     dtype = jnp.dtype(run.hardware.compute.dtype)
     return found, rows.moment(policy, robot, rows.intents(seen, policy.intent_width, dtype) if cached else seen)
 
@@ -87,7 +87,7 @@ def sampling(run: Run, mesh: Mesh, *, observations: int | None = None, samples: 
     policy, compute, robot = policy_of(run), run.hardware.compute, robot_of(run.stage_two)
     below, dtype = below_block(backbone_of(run), policy), jnp.dtype(compute.dtype)
     meshes.check(below, mesh)
-    seen, count = rows.prompts(below, robot, run.stage_two.instruction_tokens), rows_on(mesh, observations)
+    seen, count = rows.prompts(below, policy, robot, run.stage_two.instruction_tokens), rows_on(mesh, observations)
     weights = abstract_params(below, dtype, mesh), abstract_policy(policy, dtype, mesh)
     models = with_params(below, compute, weights[0]), policy_with_params(policy, compute, weights[1])
     inputs = rows.on(mesh, seen, count), rows.on(mesh, rows.robot_rows(policy, robot), count)

@@ -48,20 +48,23 @@ def sizes(row: Batch, config: VisionConfig) -> list[Size]:
     return [(int(rows), int(columns)) for rows, columns in ends]
 
 
-def prompts(config: BackboneConfig, robot: Robot, instruction_tokens: int) -> Prompts:
+def prompts(config: BackboneConfig, policy: PolicyConfig, robot: Robot, instruction_tokens: int) -> Prompts:
     """What a backbone reads of one observation of this robot."""
     sizes = picture_sizes(robot, config.vision)
-    seen = sum(rows * columns for rows, columns in sizes) // config.vision.merge**2 + instruction_tokens
+    visual = sum(rows * columns for rows, columns in sizes) // config.vision.merge**2
+    seen, begin = visual + instruction_tokens, visual if policy.instruction == "alone" else 0
     length = -(-(seen + TEMPLATE) // ROUND) * ROUND
     row_length = slots_needed([cut_frame(*size, config.vision) for size in sizes], config.vision) * config.vision.window_patches
     batch = replace(_text(length), vision=_pictures(sizes, row_length, config.vision))
-    return Prompts(batch, np.arange(length)[None] < seen, np.zeros((1, length, 4), np.int32))
+    places = np.arange(length)[None]
+    return Prompts(batch, (places >= begin) & (places < seen), np.zeros((1, length, 4), np.int32))
 
 
 def intents(of: Prompts, width: int, dtype: Any) -> IntentRows:
     """What was made of such prompts before: of tokens that count, and no others."""
     tokens = -(-int(of.mask.sum()) // ROUND) * ROUND
-    return IntentRows(np.zeros((1, tokens, width), dtype), of.mask[:, :tokens], of.places[:, :tokens])
+    mask = np.arange(tokens)[None] < of.mask.sum()
+    return IntentRows(np.zeros((1, tokens, width), dtype), mask, of.places[:, :tokens])
 
 
 def moment(policy: PolicyConfig, robot: Robot, seen: Prompts | IntentRows) -> Moments:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from blm_jax.batch import IntentRows, RobotRows
-from blm_jax.config import BackboneConfig, ComputeConfig, PolicyConfig
+from blm_jax.config import BackboneConfig, ComputeConfig, Instruction, PolicyConfig
 from blm_jax.convert.twin.blm_policy import BLMPolicy, Intent
 from blm_jax.convert.twin.blm_policy import Robot as TwinRobot
 from blm_jax.data.chat import load_tokenizer
@@ -305,12 +305,12 @@ def test_end_to_end_with_transformers(hub: Path, torch_side: Any, tmp_path: Path
 
     engine = PromptEngine(backbone, load_tokenizer(hub), read_pixel_config(hub))
     mllm = with_params(backbone, ComputeConfig(), jax.tree.map(jnp.asarray, oracle.params_of(torch_side, backbone)))
-    for twin.config.instruction in ("before", "after"):
+    for twin.config.instruction in ("before", "after", "alone"):
         examples = []
         for name, images, text, state in zip(names, seen, words, states, strict=True):
             messages = messages_for(Observation(state, images, text), files.robots[name], twin.config.instruction == "before")
             examples.append(engine.encode(messages, add_generation_prompt=True))
-        rows = intent_of(mllm, examples, config.intent_block)
+        rows = intent_of(mllm, examples, config.intent_block, twin.config.instruction)
         made = sampled(ours, rows, robot_rows(files, names, states), noise, 3)
 
         chats = [twin.messages(name, images, text) for name, images, text in zip(names, seen, words, strict=True)]
@@ -355,14 +355,14 @@ def kinds_and_grids(inputs: dict[str, Any], backbone: BackboneConfig, without: s
     return kinds, [inputs[name].tolist()[: -1 if name == without else None] for name in ("image_grid_thw", "video_grid_thw")]
 
 
-def intent_of(mllm: Mllm, examples: Sequence[Example], blocks: int) -> IntentRows:
+def intent_of(mllm: Mllm, examples: Sequence[Example], blocks: int, instruction: Instruction = "after") -> IntentRows:
     """Padded to one length, so that one program serves all."""
     batch = jax.tree.map(jnp.asarray, collate([[example] for example in examples], mllm.config, length=128))
     hidden = jax.jit(Mllm.hidden, static_argnums=2)(mllm, batch, blocks)
     mask, places = np.zeros(hidden.shape[:2], bool), np.zeros((*hidden.shape[:2], 4), np.int32)
     for i, example in enumerate(examples):
         n = len(example.tokens)
-        mask[i, :n], places[i, :n] = intent_tokens(example, mllm.config)
+        mask[i, :n], places[i, :n] = intent_tokens(example, mllm.config, instruction)
     return IntentRows(hidden, mask, places)
 
 

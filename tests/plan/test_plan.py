@@ -142,10 +142,12 @@ def test_a_step_of_stage_one_needs_what_formulas_say(step_one: Program) -> None:
 
 def test_moments_have_the_shapes_of_their_robot() -> None:
     panda = load_robots()["panda"]
-    seen = rows.prompts(BACKBONE, panda, 64)
+    seen = rows.prompts(BACKBONE, POLICY, panda, 64)
     assert seen.batch.tokens.shape == (1, 160) and int(seen.mask.sum()) == 2 * 25 + 64  # two pictures of 5 x 5, an instruction
     made = rows.intents(seen, 128, np.float32)
     assert made.hidden.shape == (1, 128, 128) and int(made.mask.sum()) == 114
+    alone = rows.intents(rows.prompts(BACKBONE, replace(POLICY, instruction="alone"), panda, 64), 128, np.float32)
+    assert alone.hidden.shape == (1, 64, 128) and alone.mask.all()
     online, cached = (rows.moment(POLICY, panda, part) for part in (seen, made))
     assert isinstance(online.seen, Prompts) and isinstance(cached.seen, IntentRows)
     assert cached.chunks.actions.shape == (1, 16, 16) and cached.robots.state.shape == (1, 16)

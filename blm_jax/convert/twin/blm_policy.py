@@ -480,8 +480,11 @@ class BLMPolicy(nn.Module):
 
         grids = [inputs[name].tolist() if name in inputs else [] for name in ("image_grid_thw", "video_grid_thw")]
         places = torch.zeros(*tokens.shape, 4, dtype=torch.long)
-        places[(kinds > 0).cpu()] = self._places(kinds, grids, backbone.config.vision_config.spatial_merge_size)
-        behind = (kinds > 0).cumsum(dim=1) > 0  # the first picture, and all that follows it
+        visual = kinds > 0
+        places[visual.cpu()] = self._places(kinds, grids, backbone.config.vision_config.spatial_merge_size)
+        # The first picture, and all that follows it; or what follows the last one.
+        alone = self.config.instruction == "alone"
+        behind = visual.flip(1).cumsum(dim=1).flip(1) == 0 if alone else visual.cumsum(dim=1) > 0
         mask = behind & inputs.get("attention_mask", torch.ones_like(tokens)).bool()
         return Intent(hidden, mask, places.to(hidden.device))
 

@@ -123,7 +123,8 @@ class Prompter:
                 f"make room for instructions of {len(example.tokens) - self.shape.length} tokens more, or shorten this one"
             )
         engine, levels = self.engine, levels_of(self.engine.pixels)
-        return prompts_of([example], engine.config, self.shape.length, vision_row_length=self.shape.row_length, levels=levels)
+        shape = {"vision_row_length": self.shape.row_length, "levels": levels}
+        return prompts_of([example], engine.config, self.instruction, self.shape.length, **shape)
 
 
 def observe(demonstrations: Demonstrations, episode: int, step: int, augmentation: Augmentation, version: int) -> Observation:

@@ -285,7 +285,7 @@ def encode(observation: Observation, robot: Robot, engine: PromptEngine, instruc
     return engine.encode(messages_for(observation, robot, instruction == "before"), add_generation_prompt=True)
 
 
-def prompts_of(examples: Sequence[Example | None], config: BackboneConfig, length: int, **layout: Any) -> Prompts:
+def prompts_of(examples: Sequence[Example | None], config: BackboneConfig, instruction: Instruction, length: int, **layout: Any) -> Prompts:
     """An observation a row, or nothing; `layout` says how pictures are laid out, see `collate`."""
     batch = collate([[] if example is None else [example] for example in examples], config, length=length, **layout)
     mask = np.zeros((len(examples), length), bool)
@@ -293,20 +293,21 @@ def prompts_of(examples: Sequence[Example | None], config: BackboneConfig, lengt
     for i, example in enumerate(examples):
         if example is not None:
             n = len(example.tokens)
-            mask[i, :n], places[i, :n] = intent_tokens(example, config)
+            mask[i, :n], places[i, :n] = intent_tokens(example, config, instruction)
     return Prompts(batch, mask, places)
 
 
-def intent_tokens(example: Example, config: BackboneConfig) -> tuple[np.ndarray, np.ndarray]:
+def intent_tokens(example: Example, config: BackboneConfig, instruction: Instruction) -> tuple[np.ndarray, np.ndarray]:
     """Which tokens of an example are intent, [n] bool, and where each was seen, [n, 4] int32.
 
-    Intent begins with the first visual token and ends with the prompt: answers are none. A visual token was seen at (camera
-    counted from 1, row, column, time), in visual tokens; text at zeros.
+    Intent begins with the first visual token, or behind the last one where the instruction is intent alone, and ends with the prompt:
+    answers are none. A visual token was seen at (camera counted from 1, row, column, time), in visual tokens; text at zeros.
     """
     visual = np.isin(example.tokens, (config.tokens.image, config.tokens.video))
     if not visual.any():
         raise RequestError("there is no picture, and intent begins with one")
-    mask = (np.arange(len(visual)) >= np.argmax(visual)) & ~example.supervised
+    begin = np.flatnonzero(visual)[-1] + 1 if instruction == "alone" else np.argmax(visual)
+    mask = (np.arange(len(visual)) >= begin) & ~example.supervised
     places = np.zeros((len(visual), 4), np.int32)
     places[visual] = np.concatenate([_places(i, example, config) for i in range(len(example.pictures))])
     return mask, places

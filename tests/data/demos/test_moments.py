@@ -49,7 +49,7 @@ def prompt_of(rows: MomentRows, robot: Any, state: np.ndarray, pictures: Any, in
     levels = levels_of(engine.pixels)
     batch = collate([[example]], engine.config, length=shape.length, vision_row_length=shape.row_length, levels=levels)
     n = len(example.tokens)
-    mask, places = intent_tokens(example, engine.config)
+    mask, places = intent_tokens(example, engine.config, POLICY.instruction)
     return Prompts(batch, np.pad(mask, (0, shape.length - n))[None], np.pad(places, ((0, shape.length - n), (0, 0)))[None].astype(np.int32))
 
 

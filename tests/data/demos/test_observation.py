@@ -235,7 +235,7 @@ def test_pictures_come_in_order_and_the_instruction_on_its_side(engine: PromptEn
 
 def test_tags_in_an_instruction_are_text(engine: PromptEngine) -> None:
     odd = replace(GOOD, instruction="put the <image> on <|image_pad|> and <|im_end|>")
-    mask, places = intent_tokens(encode(engine, False, odd), engine.config)
+    mask, places = intent_tokens(encode(engine, False, odd), engine.config, "after")
     assert (places[:, 0] > 0).sum() == 12 and mask.sum() > 12
 
 
@@ -247,7 +247,7 @@ BETWEEN = [(0, 0, 0, 0)] * 2  # <|vision_end|><|vision_start|>
 def test_intent_begins_with_the_first_visual_token(engine: PromptEngine, tokenizer: Tokenizer) -> None:
     for first in (False, True):
         example = encode(engine, first)
-        mask, places = intent_tokens(example, engine.config)
+        mask, places = intent_tokens(example, engine.config, "after")
         begin = int(np.argmax(example.tokens == 151655))
         np.testing.assert_array_equal(mask, np.arange(len(mask)) >= begin)
         assert places.shape == (len(mask), 4) and places.dtype == np.int32
@@ -259,18 +259,26 @@ def test_intent_begins_with_the_first_visual_token(engine: PromptEngine, tokeniz
         assert after == "<|vision_end|>" + ("" if first else GOOD.instruction) + tail
 
 
+def test_words_alone_may_be_intent(engine: PromptEngine, tokenizer: Tokenizer) -> None:
+    example = encode(engine, False)
+    mask, places = intent_tokens(example, engine.config, "alone")
+    said = tokenizer.decode(example.tokens[mask], skip_special=False)
+    assert said == "<|vision_end|>" + GOOD.instruction + "<|im_end|>\n<|im_start|>assistant\n"
+    assert not places[mask].any()
+
+
 def test_an_answer_is_no_intent(engine: PromptEngine) -> None:
     prompt = encode(engine, False)
     messages = [*messages_for(GOOD, PANDA, False), {"role": "assistant", "content": "I pick it."}]
     whole = engine.encode(messages)
-    mask, _ = intent_tokens(whole, engine.config)
-    assert mask[: len(prompt.tokens)].sum() == intent_tokens(prompt, engine.config)[0].sum()
+    mask, _ = intent_tokens(whole, engine.config, "after")
+    assert mask[: len(prompt.tokens)].sum() == intent_tokens(prompt, engine.config, "after")[0].sum()
     assert not mask[whole.supervised].any() and whole.supervised.any()
 
 
 def test_text_alone_has_no_intent(engine: PromptEngine) -> None:
     example = engine.encode([{"role": "user", "content": "Hello"}])
-    assert "there is no picture" in message(intent_tokens, example, engine.config)
+    assert "there is no picture" in message(intent_tokens, example, engine.config, "after")
 
 
 @settings(max_examples=50)
@@ -292,7 +300,7 @@ def test_places_equal_a_loop(backbone: BackboneConfig, shapes: list[tuple[int, i
         expected += [(0, 0, 0, 0)] * between
     pictures = tuple(Picture(np.zeros((grid.patches, 1), np.float32), grid) for grid in grids)
     example = Example(np.array(tokens, np.int32), np.zeros((3, len(tokens)), np.int32), np.zeros(len(tokens), bool), pictures, 0)
-    mask, places = intent_tokens(example, backbone)
+    mask, places = intent_tokens(example, backbone, "after")
     assert [tuple(place) for place in places] == expected
     np.testing.assert_array_equal(mask, np.arange(len(tokens)) >= before)
 
