@@ -1,8 +1,10 @@
 """How each task is done well: a plan of eight phases from what lies where, and a step along it from where the hand is.
 
-A phase is a pose of the tool and an opening of the gripper. The hand goes straight from wherever it is towards its phase's pose, as fast
-as it may and can stop, and the next phase begins when it is there. So an action follows from the state and the phase alone: a hand that
-was jolted goes on from where it is. Tasks differ in their tables and poses only; one program does them all, for any arm:
+A phase is a pose of the tool and an opening of the gripper. The hand goes from wherever it is towards its phase's pose, the slower the
+nearer it is, and the next phase begins when it is there. A policy sees a moment and no phase, so what is done should follow from where
+things are: a hand comes down in a funnel, the lower the less it is aside; it closes, or slides, once it is where that works, not only
+where it was to come down; it begins anew as soon as what it grasps or slides is not before it; and it has no pace to gain first. Tasks
+differ in their tables and poses only; one program does them all, for any arm:
 
     phase          0      1       2       3       4          5        6         7
     grasp tasks    above  down    close   lift    carry      place    open      leave       (PickCube stays in 5)
@@ -32,22 +34,28 @@ PHASES = 8
 LAST = np.array([PUT, RAISE, RAISE, LEAVE, LEAVE, LEAVE])  # [tasks] the phase that a task stays in
 SHUT = np.array([False, True, True, False, False, False])  # [tasks] the gripper, from the start
 
-OVER = 0.07  # metres above: where a hand comes from
+OVER = 0.06  # metres above: where a hand comes from, and a picked cube
 TUCK = 0.012  # how far below a body's middle the tips grasp it
-SHORT = 0.05  # of the goal's middle: where a push or a pull ends
-BESIDE = 0.02  # of a cube, where the hand that pushes it comes down
+SHORT = 0.07  # of the goal's middle: where a push or a pull ends; further on an xArm that pushes is out of reach
+BESIDE = 0.035  # of a cube, where the hand that pushes it comes down
+FUNNEL, FREE = 2.0, 0.01  # metres up for each aside, but for the first ones
+STRAY = 0.015  # beside where it grasps, from which on a hand that closes comes down anew
+SLIP = 0.012  # past a cube's near face, from which on a hand does not slide it
+ASIDE = 0.01  # of the cube's middle, at which a slide may begin; it may go on at twice as much
 END = 0.05  # from a peg's end: where it is grasped
 CLEAR = 0.003  # of what a thing is put on
 BACKED = 0.06  # how far a hand draws back from what it has put down
 LEVEL_AHEAD, LEVEL_BACK = 0.5, 0.3  # from the base: nearest and furthest that arms hold a hand that looks ahead, and back
 
 # What a phase wants, by phase: metres a second at most, and how near it is to be done, in metres and radians.
-SPEED = np.array([0.5, 0.4, 0.4, 0.4, 0.5, 0.3, 0.3, 0.4], np.float32)
-NEAR = np.array([0.012, 0.002, 0.005, 0.02, 0.015, 0.002, 0.005, 0.002], np.float32)
+SPEED = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3, 0.4], np.float32)
+NEAR = np.array([0.03, 0.006, 0.02, 0.02, 0.015, 0.002, 0.005, 0.002], np.float32)
 TURNED = np.array([0.3, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6], np.float32)
+NEAR_END = 0.002  # of a peg, where it is grasped
 TURNED_UPRIGHT = 0.02  # a peg, before it is put down
 SLIDING = 0.3  # metres a second of a push or a pull
-HASTE = 2.5  # metres a second, each second: how quickly a hand starts and stops
+HASTE = 2.5  # metres a second, each second: how quickly a hand stops
+EASE = 6.0  # of what is left, a second, at most, in PickCube: a hand that covers millimetres in one step trembles, and must be still there
 SPIN, SPIN_HASTE = 2.5, 12.0  # radians a second, each second
 PART = 0.8  # of the joints' greatest speed
 PATIENCE = 20  # steps that a gripper has to close or open
@@ -102,7 +110,10 @@ def _lean_at(setting: Setting, place: jax.Array) -> jax.Array:
 
 
 def _grasp_yaw(setting: Setting, state: State) -> jax.Array:
-    """The yaw of a hand whose pads meet two faces of the wanted body, and no other body on their way."""
+    """The yaw of a hand whose pads meet two faces of the wanted body, and no other body on their way.
+
+    A cube that is only picked up is grasped as it comes: closing pads turn it, and its yaw is hard to see.
+    """
     at, rotation = state.position[setting.wanted], state.rotation[setting.wanted]
     azimuth = _azimuth(setting, at)
     quarter = jnp.pi / 2
@@ -114,7 +125,7 @@ def _grasp_yaw(setting: Setting, state: State) -> jax.Array:
     distance = jnp.sqrt(jnp.sum(way[:2] ** 2))
     blocked = (setting.kind[1 - setting.wanted] != NOTHING) & (distance < 0.12) & (across > 0.7 * distance)
     yaw = jnp.where(blocked, yaw - quarter * jnp.where(off > 0, 1.0, -1.0), yaw)
-    return jnp.where(setting.task == PLACE, azimuth, yaw)
+    return jnp.where((setting.task == PLACE) | (setting.task == PICK), azimuth, yaw)
 
 
 class Carriage(NamedTuple):
@@ -143,7 +154,7 @@ def _of_cube_or_ball(setting: Setting, state: State) -> Carriage:
         turn=hand(_grasp_yaw(setting, state), jnp.where(task == STACK, both, lean)),
         put_turn=hand(_azimuth(setting, wished), jnp.where(task == STACK, both, put_lean)),
         wished=wished,
-        raised=jnp.float32(0.06),
+        raised=jnp.where(task == PICK, 0.0, 0.06),
         carried=jnp.where(task == PICK, 0.0, 0.045),
     )
 
@@ -172,7 +183,7 @@ def _sliding(setting: Setting, state: State) -> tuple[jax.Array, jax.Array]:
     way = (setting.goal - at) * jnp.array([1.0, 1, 0])
     way = way / jnp.maximum(jnp.linalg.norm(way), 1e-6)
     behind = setting.half[setting.wanted, 0] + setting.arm.pad[0]
-    start = at - way * (behind + BESIDE) - up * TUCK
+    start = at - way * (behind + BESIDE)  # at half its height: a hand that is a little too low does not scrape along the table
     end = (setting.goal - way * (SHORT + behind)).at[2].set(start[2])
     places = jnp.stack([start + up * OVER, start, start] + [end] * (PHASES - RAISE))
     yaw = jnp.arctan(way[1] / jnp.where(jnp.abs(way[0]) < 1e-3, 1e-3, way[0]))
@@ -204,20 +215,27 @@ def _followed(setting: Setting, state: State, memory: Memory) -> Memory:
     return memory._replace(place=place, turn=turn, body=memory.body + moved)
 
 
-def _target(setting: Setting, state: State, memory: Memory) -> jax.Array:
+def _target(setting: Setting, state: State, memory: Memory, tool: jax.Array) -> jax.Array:
     """The tool's pose [4, 4] that the phase wants, with the body as it is held."""
     phase = memory.phase
     turn = memory.turn[phase]
     carries = (state.held == setting.wanted) & (phase >= CARRY)
     slipped = jnp.where(carries, apply(turn, memory.grip - state.grip_position), 0.0)
-    return _pose(memory.place[phase] + slipped, turn)
+    comes, brings = phase <= DOWN, (setting.task == PICK) & (phase >= CARRY)  # a cube is picked up on the way, in a bow
+    place = memory.place[jnp.where(comes, DOWN, phase)] + slipped
+    aside = jnp.linalg.norm((tool[:3, 3] - place)[:2])
+    over = jnp.where(comes, jnp.clip(FUNNEL * (aside - FREE), 0, OVER), jnp.where(brings, jnp.clip(aside - FREE, 0, OVER), 0.0))
+    return _pose(place.at[2].add(over), turn)
 
 
-def _done(setting: Setting, state: State, memory: Memory, error: jax.Array) -> jax.Array:
+def _done(setting: Setting, state: State, memory: Memory, tool: jax.Array, error: jax.Array) -> jax.Array:
     """Whether the phase is over, `error` [6] being the way to its pose."""
     phase, task = memory.phase, setting.task
     turned = jnp.where((task == LIFT) & (phase == CARRY), TURNED_UPRIGHT, jnp.asarray(TURNED)[phase])
-    there = (jnp.linalg.norm(error[:3]) < jnp.asarray(NEAR)[phase]) & (jnp.linalg.norm(error[3:]) < turned)
+    near = jnp.where((task == LIFT) & (phase == DOWN), NEAR_END, jnp.asarray(NEAR)[phase])
+    there = (jnp.linalg.norm(error[:3]) < near) & (jnp.linalg.norm(error[3:]) < turned)
+    slides = jnp.asarray(SHUT)[task]
+    there = there | (slides & (phase <= DOWN) & _has_before(setting, state, memory, tool, 1.0))
     closed = jnp.where(jnp.asarray(SHUT)[task], state.opening < 0.05, state.held == setting.wanted)
     gripper = jnp.where(phase == CLOSE, closed, jnp.where(phase == OPEN, (state.held < 0) & (state.opening > 0.7), True))
     return (there & gripper) | (((phase == CLOSE) | (phase == OPEN)) & (memory.waited >= PATIENCE))
@@ -227,12 +245,30 @@ def _next_phase(setting: Setting, state: State, memory: Memory, tool: jax.Array)
     """On to the next phase if one is over, back to the first if the body was lost or is not where it was to be."""
     phase, task = memory.phase, setting.task
     slides = jnp.asarray(SHUT)[task]
-    over = _done(setting, state, memory, pose_error(tool, _target(setting, state, memory)))
+    over = _done(setting, state, memory, tool, pose_error(tool, _target(setting, state, memory, tool)))
     onward = over & (phase < jnp.asarray(LAST)[task])
     lost = ~slides & (phase >= RAISE) & (phase <= PUT) & (state.held != setting.wanted)
     missed = slides & (phase == RAISE) & over & ~succeeded(setting, state)
-    new = jnp.where(lost | missed, ABOVE, phase + onward)
+    new = jnp.where(lost | missed | _strayed(setting, state, memory, tool), ABOVE, phase + onward)
     return memory._replace(phase=new, waited=jnp.where(new == phase, memory.waited + 1, 0))
+
+
+def _strayed(setting: Setting, state: State, memory: Memory, tool: jax.Array) -> jax.Array:
+    """Whether the hand closes beside the body, or slides without having the cube before it."""
+    slides = jnp.asarray(SHUT)[setting.task]
+    off = jnp.abs(tool[:3, 3] - memory.place[DOWN])
+    beside = ~slides & (memory.phase == CLOSE) & (state.held != setting.wanted) & (jnp.max(off) > STRAY)
+    return beside | (slides & (memory.phase == RAISE) & ~_has_before(setting, state, memory, tool, 2.0) & ~succeeded(setting, state))
+
+
+def _has_before(setting: Setting, state: State, memory: Memory, tool: jax.Array, slack: float) -> jax.Array:
+    """Whether a hand that slides a cube is where it can go on to do so: low and behind it, on its way."""
+    way = (memory.place[RAISE] - memory.place[DOWN]) * jnp.array([1.0, 1, 0])
+    way = way / jnp.maximum(jnp.linalg.norm(way), 1e-6)
+    off = tool[:3, 3] - state.position[setting.wanted]
+    ahead = jnp.sum(off * way) + setting.half[setting.wanted, 0] + setting.arm.pad[0]
+    across = jnp.abs(off[0] * way[1] - off[1] * way[0])
+    return (ahead < SLIP) & (ahead > -2 * BESIDE) & (across < slack * ASIDE) & (jnp.abs(off[2]) < slack * ASIDE)
 
 
 def _stride(setting: Setting, memory: Memory, tool: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -242,10 +278,12 @@ def _stride(setting: Setting, memory: Memory, tool: jax.Array, target: jax.Array
     error = pose_error(tool, target)
     way, angle = jnp.linalg.norm(error[:3]), jnp.linalg.norm(error[3:])
     fastest = jnp.where(sliding, SLIDING, jnp.asarray(SPEED)[phase])
-    passing = (phase == ABOVE) | ((phase == RAISE) & ~sliding)
-    stopping = jnp.where(passing, fastest, jnp.sqrt(2 * HASTE * way))
-    pace = jnp.minimum(jnp.minimum(fastest, memory.pace + HASTE / HZ), stopping)
-    spin = jnp.minimum(SPIN, jnp.sqrt(2 * SPIN_HASTE * angle))
+    passing = (phase == RAISE) & ~sliding
+    left = jnp.where(phase <= DOWN, jnp.linalg.norm(memory.place[DOWN] - tool[:3, 3]), way)
+    picks = setting.task == PICK
+    stopping = jnp.where(passing, fastest, jnp.minimum(jnp.sqrt(2 * HASTE * left), jnp.where(picks, EASE * left, jnp.inf)))
+    pace = jnp.minimum(fastest, stopping)
+    spin = jnp.minimum(SPIN, jnp.minimum(jnp.sqrt(2 * SPIN_HASTE * angle), jnp.where(picks, EASE * angle, jnp.inf)))
     part = jnp.minimum(1.0, pace / HZ / jnp.maximum(way, 1e-6))
     part_turned = jnp.minimum(1.0, spin / HZ / jnp.maximum(angle, 1e-6))
     together = (setting.task == LIFT) & (phase == CARRY)  # else the peg's end would hit the table
@@ -260,7 +298,7 @@ def act(setting: Setting, state: State, memory: Memory) -> tuple[jax.Array, Memo
     arm = setting.arm
     _, tool = forward(arm, setting.base, state.joints)
     memory = _next_phase(setting, state, _followed(setting, state, memory), tool)
-    wanted, pace = _stride(setting, memory, tool, _target(setting, state, memory))
+    wanted, pace = _stride(setting, memory, tool, _target(setting, state, memory, tool))
     joints, _ = reach(arm, setting.base, wanted, state.joints, arm.ready, ITERATIONS, TURNING)
     change = joints - state.joints
     most = jnp.max(jnp.abs(change) / jnp.maximum(arm.speed * PART / HZ, 1e-6))
