@@ -1,6 +1,8 @@
 """`blm data collect world`: demonstrations of the embedded world's experts, as sets of episodes that training reads.
 
-Only what succeeded is kept, up to half a second after it had; what failed is tried again with other beginnings.
+Only what succeeded is kept, up to half a second after it had; what failed is tried again with other beginnings. Half of the recordings
+begin in the midst of an episode, right after a jolt: from where no expert goes, they show the way on, and cost no pictures of
+what came before.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ from blm_jax.evaluate.world.tasks import TASKS
 ROWS, AT_ONCE = 64, 8  # episodes of a batch, and of those that are worked on at a time
 EPISODE_BYTES = 500_000  # about as large as one becomes on disk
 MOST_NOISE = 0.2  # radians; with more no expert finds back
+LATEST = 30  # step at which a recording begins
+ROOM = 32  # steps that an episode may take longer than in evaluation: it was thrown back
+FEWEST = 4  # steps that are worth a recording
 TRIES = 3  # times as many attempts as episodes are asked for, at most
 
 
@@ -110,7 +115,7 @@ class _Runner:
     """Attempts by the batch, in one compiled program for all cells."""
 
     def __init__(self, request: Request):
-        self.request, self.driver = request, rollout.Expert(request.noise)
+        self.request, self.driver = request, rollout.Jolted(request.noise)
         self.mesh = meshes.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
         self.turn = rollout.make_turn(self.driver, self.mesh, AT_ONCE)
         self.rows = min(ROWS, -(-request.episodes // AT_ONCE) * AT_ONCE)
@@ -118,34 +123,35 @@ class _Runner:
     def attempts(self, name: str, task: str, first: int) -> Iterator[Attempt | None]:
         """Of numbers from `first` on; None if one has failed."""
         episodes = cells.episodes_of((name,), (task,), self.rows, first)
-        seed, limit = self.request.seed, tasks.LIMITS[TASKS.index(task)]
+        seed, limit = self.request.seed, tasks.LIMITS[TASKS.index(task)] + ROOM
         settings, states = cells.begin(
             np.uint32(seed), *episodes, kind=cells.DEMONSTRATION, two=have_two(episodes.number, self.request.two)
         )
         settings = jax.device_get(settings)
         texts = cells.instructions(settings, episodes.number)
-        seeds = _seeds(seed, episodes)
-        progress = rollout.started(self.driver, seeds, settings, states)
-        traces = self._run(settings, progress, seeds, np.full(self.rows, limit, np.int32))
+        begins = _begins(seed, episodes)
+        rows = _seeds(seed, episodes), begins
+        progress = rollout.started(self.driver, rows, settings, states)
+        traces = self._run(settings, progress, rows, np.full(self.rows, limit, np.int32))
         for row in range(self.rows):
             ends = np.flatnonzero(traces.held[row] == rollout.HELD)
-            if not len(ends) or traces.held[row, -1] < rollout.HELD:
+            begin, end = int(begins[row]), int(ends[-1]) + 1 if len(ends) else 0  # the last time that it succeeded, it stayed so
+            if traces.held[row, -1] < rollout.HELD or end < begin + FEWEST:
                 yield None
                 continue
-            steps = int(ends[-1]) + 1  # the last time that it succeeded, it stayed so
-            pick = jax.tree.map(lambda x, row=row, steps=steps: x[row, : steps + 1], traces.state)
-            yield Attempt(jax.tree.map(lambda x, row=row: x[row], settings), pick, np.asarray(traces.action[row, :steps]), texts[row])
+            pick = jax.tree.map(lambda x, row=row, kept=slice(begin, end + 1): x[row, kept], traces.state)
+            yield Attempt(jax.tree.map(lambda x, row=row: x[row], settings), pick, np.asarray(traces.action[row, begin:end]), texts[row])
 
-    def _run(self, settings: Setting, progress: Any, seeds: np.ndarray, limits: np.ndarray) -> rollout.Trace:
+    def _run(self, settings: Setting, progress: Any, rows: Any, limits: np.ndarray) -> rollout.Trace:
         """[rows, steps, ...], until all have succeeded for good measure or the limit is reached."""
         own = list(range(self.rows))
         parts: list[rollout.Trace] = []
         with meshes.use(self.mesh):
-            rows, settings, limits, at = (rollout.put(part, self.mesh, own, self.rows) for part in (seeds, settings, limits, progress))
+            rows, settings, limits, at = (rollout.put(part, self.mesh, own, self.rows) for part in (rows, settings, limits, progress))
             for number in range(-(-int(np.max(limits)) // self.driver.turn)):
                 at, trace = self.turn(self.driver.values, rows, settings, limits, at, np.int32(number))
                 parts.append(jax.device_get(trace))
-                if np.all(parts[-1].held[:, -1] > rollout.HELD):
+                if np.all(parts[-1].held[:, -1] > rollout.HELD) and (number + 1) * self.driver.turn > LATEST + rollout.HELD:
                     break
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *parts)
 
@@ -158,6 +164,12 @@ def have_two(numbers: np.ndarray, share: float) -> np.ndarray:
 def _seeds(seed: int, episodes: Episodes) -> np.ndarray:
     """Of the noise, one an episode."""
     return (seed % 2**8 * len(ROBOTS) * len(TASKS) * MOST + episodes.serial).astype(np.int32)
+
+
+def _begins(seed: int, episodes: Episodes) -> np.ndarray:
+    """The step at which the recording of each begins."""
+    drawn = [np.random.default_rng((seed, serial)).integers(rollout.Jolted.STEPS, LATEST + 1) for serial in episodes.serial.tolist()]
+    return np.where(episodes.number // 2 % 2, drawn, 0).astype(np.int32)  # not of the same ones as have two cubes
 
 
 def recording_of(attempt: Attempt, robot: Robot) -> Recording:

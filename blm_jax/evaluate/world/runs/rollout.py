@@ -20,6 +20,7 @@ from blm_jax.evaluate.world import experts, physics, tasks
 from blm_jax.evaluate.world.scene import Setting, State
 
 HELD = 10  # steps, half a second: for so long a rule must have held in the end
+MOST_STEPS = 2**20  # of an episode: what is drawn once has the key of no step
 
 
 class Driver(Protocol):
@@ -56,7 +57,7 @@ class Expert(Scripted):
     def __init__(self, noise: float = 0.0):
         self.values = np.float32(noise)
 
-    def begin(self, row: jax.Array, setting: Setting, state: State) -> Any:
+    def begin(self, row: Any, setting: Setting, state: State) -> Any:
         return experts.begin(setting, state), jnp.zeros_like(state.joints), row
 
     def act(self, values: Any, setting: Setting, state: State, memory: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -64,6 +65,27 @@ class Expert(Scripted):
         action, plan = experts.act(setting, state, plan)
         off = experts.drifted(plan, off, jax.random.fold_in(jax.random.key(seed), state.steps), values)
         return action, action.at[:-1].add(off), (plan, off, seed)
+
+
+class Jolted(Expert):
+    """Thrown off once, its gripper too. Its rows are a seed, and the first step after that."""
+
+    STEPS, REACH = 3, 0.025  # and radians of each joint in each of them: by some 5 cm in all
+    SHUT, OPEN = 0.3, 0.6  # of so many the gripper closes, of those up to there it opens
+
+    def begin(self, row: Any, setting: Setting, state: State) -> Any:
+        seed, after = row
+        return super().begin(seed, setting, state), after
+
+    def act(self, values: Any, setting: Setting, state: State, memory: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        own, after = memory
+        action, done, own = super().act(values, setting, state, own, step)
+        way, grip = jax.random.split(jax.random.fold_in(jax.random.key(own[2]), MOST_STEPS))
+        chance = jax.random.uniform(grip)
+        opening = jnp.where(chance < self.SHUT, 0.0, jnp.where(chance < self.OPEN, 1.0, action[-1]))
+        thrown = jnp.append(state.joints + self.REACH * jax.random.normal(way, state.joints.shape), opening)
+        jolted = (state.steps < after) & (state.steps >= after - self.STEPS)
+        return action, jnp.where(jolted, thrown, done), (own, after)
 
 
 class Still(Scripted):

@@ -18,7 +18,7 @@ from blm_jax.evaluate.world.arms import ROBOTS
 from blm_jax.evaluate.world.runs import cells, collect
 from blm_jax.evaluate.world.scene import BOX
 
-SEED, EPISODES = 4, 3
+SEED, EPISODES = 4, 3  # the third begins in the midst
 ROBOT, TASK = "xarm6", "PushCube"
 
 
@@ -38,7 +38,7 @@ def test_what_was_recorded_is_done_again(collected: Path) -> None:
     beginnings = cells.episodes_of((ROBOT,), (TASK,), 8)
     settings, states = cells.begin(np.uint32(SEED), *beginnings, kind=cells.DEMONSTRATION, two=False)
     step = jax.jit(lambda setting, state, action: (physics.step(setting, state, action), tasks.succeeded(setting, state)))
-    for number in range(EPISODES):
+    for number in range(2):
         episode = read_episode(source, robot, number)
         # The beginnings of attempts, in order: those that failed are left out.
         fits = np.flatnonzero(np.abs(np.asarray(states.joints)[:, :6] - episode.state[0, :6]).max(axis=1) < 1e-6)
@@ -54,6 +54,23 @@ def test_what_was_recorded_is_done_again(collected: Path) -> None:
             held = held + 1 if good else 0
         assert held >= 9 and bool(tasks.succeeded(setting, state))  # it ends half a second after it had succeeded
         assert len(episode.action) < tasks.LIMITS[tasks.TASKS.index(TASK)]
+
+
+def test_half_of_the_recordings_begin_in_the_midst(collected: Path) -> None:
+    """Where no episode begins, with the expert's way on from there, and not with the jolt that came before."""
+    robot = load_robots()[f"world_{ROBOT}"]
+    source = open_set(str(collected / robot.name))
+    _, states = cells.begin(np.uint32(SEED), *cells.episodes_of((ROBOT,), (TASK,), 8), kind=cells.DEMONSTRATION, two=False)
+
+    def off(number: int) -> float:
+        """How far the joints are from those of any beginning."""
+        return float(np.abs(np.asarray(states.joints)[:, :6] - read_episode(source, robot, number).state[0, :6]).max(axis=1).min())
+
+    assert max(off(0), off(1)) < 1e-6 and off(2) > 0.05
+    episode = read_episode(source, robot, 2)
+    missed = np.abs(episode.state[1:-1, :6] - episode.action[: len(episode.state) - 2, :6]).max(axis=1)
+    assert missed[0] < 1e-3 and np.median(missed) < 1e-3
+    assert len(episode.action) >= collect.FEWEST
 
 
 def test_noise_is_done_and_not_recorded(collected: Path, tmp_path: Path) -> None:
