@@ -1,4 +1,8 @@
-"""A policy at the controls, inside the compiled program: pictures to patches, states and chunks in its units and out of them again."""
+"""A policy at the controls, inside the compiled program: pictures to patches, states and chunks in its units and out of them again.
+
+Chunks are smoothed, and what is left of the last one fades into the next (as in Zhao et al. 2023): an arm is not still where each chunk,
+or each step of one, says a little else than the one before.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from blm_jax.evaluate.world.scene import JOINTS, Setting, State
 from blm_jax.infer.act import Actor, noise_of_rows
 from blm_jax.models.objective import sample
 
+SMOOTH = np.array([1, 2, 3, 2, 1], np.float32) / 9  # of joints, over steps of a chunk
 TURNS = 4096  # at most of an episode, for the numbers of observations
 
 
@@ -52,6 +57,13 @@ class Rows(NamedTuple):
     number: np.ndarray  # [rows] of the episode, which decides its noise
 
 
+class Memory(NamedTuple):
+    """What a pilot carries from turn to turn."""
+
+    chunk: jax.Array  # [horizon, JOINTS + 1] that is being executed
+    begun: jax.Array  # [] bool: it is one
+
+
 class Pilot:
     def __init__(self, actor: Actor, *, steps: int | None = None, seed: int = 0, blind: bool = False):
         config, files = actor.policy.config, actor.files
@@ -62,6 +74,7 @@ class Pilot:
             wanted = ", ".join(PREFIX + name for name in ROBOTS)
             raise RequestError(f"the policy drives {', '.join(files.robots)}, and none of the world's robots: {wanted}")
         self.turn = min(robot.executed for robot in self.robots.values())
+        self.horizon = min(robot.horizon for robot in self.robots.values())
         self.values = actor.backbone, actor.policy
         self.prompter = Prompter(lambda: actor.engine, config.instruction, list(self.robots.values()))
         self.order = _order(self.prompter, next(iter(self.robots.values())), actor.engine.config)
@@ -99,11 +112,10 @@ class Pilot:
 
     # --- on the devices ---
 
-    def begin(self, row: Any, setting: Setting, state: State) -> jax.Array:
-        """The chunk that is being executed."""
-        return jnp.zeros((self.turn, JOINTS + 1))
+    def begin(self, row: Any, setting: Setting, state: State) -> Memory:
+        return Memory(jnp.zeros((self.horizon, JOINTS + 1)), jnp.bool_(False))
 
-    def decide(self, values: Any, rows: Rows, settings: Setting, states: State, memory: jax.Array, turn: jax.Array) -> jax.Array:
+    def decide(self, values: Any, rows: Rows, settings: Setting, states: State, memory: Memory, turn: jax.Array) -> Memory:
         backbone, policy = values
         config: PolicyConfig = policy.config
         now = jnp.concatenate([states.joints, states.opening[:, None]], axis=1)  # [rows, JOINTS + 1]
@@ -114,13 +126,13 @@ class Pilot:
         intent = backbone.intent(prompts, config.intent_block)
         condition = policy.condition(intent, replace(rows.robots, state=state))
         noise = noise_of_rows(self.seed, jnp.asarray(rows.number) * TURNS + turn, 1, config)
-        made = sample(policy, condition, noise, self.steps, None, guided=False)[:, : self.turn]  # [rows, turn, action width]
-        return jax.vmap(told)(units, now, made)
+        made = sample(policy, condition, noise, self.steps, None, guided=False)[:, : self.horizon]  # [rows, horizon, action width]
+        chunk = jax.vmap(smoothed)(now, jax.vmap(told)(units, now, made))
+        chunk = jnp.where(memory.begun[:, None, None], faded(memory.chunk, chunk, self.turn), chunk)
+        return Memory(chunk, jnp.ones_like(memory.begun))
 
-    def act(
-        self, values: Any, setting: Setting, state: State, memory: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return memory[step], memory[step], memory
+    def act(self, values: Any, setting: Setting, state: State, memory: Memory, step: jax.Array) -> tuple[jax.Array, jax.Array, Memory]:
+        return memory.chunk[step], memory.chunk[step], memory
 
     def _seeing(self, prompts: Prompts, pictures: jax.Array) -> Prompts:
         """pictures [rows, cameras, height, width, 3] uint8 -> prompts with their patches where the processor lays them."""
@@ -204,3 +216,19 @@ def told(units: Units, now: jax.Array, chunk: jax.Array) -> jax.Array:
     absolute = chunk * units.action_scale + units.action_center + units.relative * now[units.action_from]
     absolute = jnp.clip(absolute, units.low, units.high)
     return jnp.where(units.action_to >= 0, absolute[:, units.action_to], now)
+
+
+def smoothed(now: jax.Array, chunk: jax.Array) -> jax.Array:
+    """Of one episode: joints [steps, JOINTS + 1] as a mean of the steps around; an arm has been where it is. Grippers stay as they are."""
+    side = len(SMOOTH) // 2
+    around = jnp.concatenate([jnp.broadcast_to(now, (side, *now.shape)), chunk, jnp.broadcast_to(chunk[-1], (side, *now.shape))])
+    mean = jnp.tensordot(SMOOTH, jnp.stack([around[i : i + len(chunk)] for i in range(len(SMOOTH))]), axes=1)
+    return chunk.at[:, :JOINTS].set(mean[:, :JOINTS])
+
+
+def faded(last: jax.Array, chunk: jax.Array, turn: int) -> jax.Array:
+    """Chunks [rows, horizon, JOINTS + 1] that begin as the last ones would have gone on, `turn` steps after these began."""
+    left = chunk.shape[1] - turn
+    weight = (jnp.arange(left) + 1) / (left + 1)
+    begin = weight[:, None] * chunk[:, :left] + (1 - weight[:, None]) * last[:, turn:]
+    return chunk.at[:, :left].set(begin)
