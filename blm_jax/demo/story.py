@@ -94,7 +94,7 @@ def story(demo: Demo) -> Story:
 def _base(demo: Demo) -> dict[str, Command]:
     seeing, things, said = (demo.path(name) for name in ("seeing", "things", "said"))
     return {
-        "eyes": ["new", seeing, *_seed(demo)],
+        "eyes and finding": ["new", seeing, *_seed(demo)],
         "things": ["data", "collect", "questions", things, "--scenes", str(demo.sizes.things), "--things-only", *_seed(demo)],
         "said": ["data", "collect", "questions", said, "--sentences", str(demo.sizes.words), *_seed(demo)],
         **{f"{name} corpus": _prepare(demo.path(name), seeing) for name in ("things", "said")},

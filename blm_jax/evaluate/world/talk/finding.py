@@ -1,4 +1,5 @@
-"""The small base learns to find: each name in a text looks at what it names, and then says what its eyes say of that.
+"""The small base learns to find: each name in a text looks at what it names, says what its eyes say of that, and compares it with what was
+named before.
 
 All questions about things, and all tasks that name one, need this first. Sentences alone teach it slowly: that a name is to look for a
 thing shows only in the words that follow it, if any. Here each name says for itself where the thing is, and its look is told where to go,
@@ -26,8 +27,8 @@ from blm_jax.data.vision.pixels import cut_patches, levels_of
 from blm_jax.evaluate.world import tasks
 from blm_jax.evaluate.world.talk import eyes
 from blm_jax.evaluate.world.talk.eyes import NUMBERS, REACH, Spoken
-from blm_jax.evaluate.world.talk.questions import MARKS
-from blm_jax.evaluate.world.talk.stills import FORK, NOUNS, Still, stills
+from blm_jax.evaluate.world.talk.questions import CLEARLY_LEFT, CLEARLY_NEARER, MARKS
+from blm_jax.evaluate.world.talk.stills import FORK, NOUNS, Still, Thing, stills
 from blm_jax.evaluate.world.talk.wordings import WORDINGS
 from blm_jax.evaluate.world.view import CAMERAS, SIZE
 from blm_jax.models.decoder import Decoder
@@ -35,14 +36,16 @@ from blm_jax.models.layers import around, unstack
 from blm_jax.models.rope import text_rotary
 from blm_jax.models.vision import VisionTower
 
-BLOCKS = 2  # of the decoder: the first binds a colour to its noun, the second looks
-LOOKS = -1  # the head that does
-SCENES, ROWS, EPOCHS = 16_000, 32, 4
+BINDS, LOOKS, COMPARES = range(3)  # blocks of the decoder: a colour to its noun; at what is named; with what was named before
+BLOCKS = 3
+LOOKING, BACK = -1, 0  # the head that looks at things, and that which looks back
+SCENES, ROWS, EPOCHS = 12_000, 32, 3
 LENGTH, NAMES = 80, 20  # tokens of a text, and names in it, at most
 RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
 TOLD = 50  # steps between those whose losses are told
 COUNTED = 6  # things of a kind, at most
 ABOUT_NAMES = tuple(kind for kind in WORDINGS if kind not in ("goal", "tip", "count", "colour", "shape", "robot", "success"))
+RELATIONS = 3
 WORLD, TURN = 3, 2  # numbers of a place and of how a cube is turned
 BETWEEN = (" ", "\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n")
 
@@ -63,6 +66,10 @@ class Named(NamedTuple):
     turn: np.ndarray  # [..., TURN]
     numbers: np.ndarray  # [..., NUMBERS]
     count: np.ndarray  # int32 of things of a kind, -1 where it is not that
+    before: np.ndarray  # the token of the name that it is compared with, -1 where there is none
+    more: (
+        np.ndarray
+    )  # [..., RELATIONS] int32: whether it is further left than that, in front of that, in the fork; -1 where that is not clear
 
 
 class Told(NamedTuple):
@@ -85,7 +92,7 @@ def learn(
 
     first, rest = _cut(params["decoder"]["blocks"])
     width = config.decoder.width
-    sizes = {"measured": WORLD + TURN, "count": COUNTED + 1, **dict.fromkeys(("colour", "noun", *NUMBERS), width)}
+    sizes = {"measured": WORLD + TURN, "count": COUNTED + 1, "more": RELATIONS, **dict.fromkeys(("colour", "noun", *NUMBERS), width)}
     heads = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
     state = jax.tree.map(jnp.copy, {"blocks": first, "heads": heads})
     steps = EPOCHS * SCENES // ROWS
@@ -130,21 +137,30 @@ def _loss(
     visual = np.flatnonzero(begun == config.tokens.image)
     x = model.embed(tokens).at[:, visual].set(told.seen.astype(jnp.float32))
     rotary, segments = text_rotary(positions, config.decoder), jnp.ones(tokens.shape, jnp.int32)
-    for block in unstack(model.blocks)[: BLOCKS - 1]:
-        x, _ = block(x, rotary, segments)
-    last = unstack(model.blocks)[BLOCKS - 1]
-    at = len(begun) + named.token
+    at, before = len(begun) + named.token, len(begun) + jnp.maximum(named.before, 0)
 
     def of_names(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, at[..., None], axis=1)
 
-    q, k, _ = last.project(x, rotary)
-    scores = jnp.einsum("rnd,rsd->rns", of_names(q[:, :, LOOKS]), k[:, :, LOOKS]) * q.shape[-1] ** -0.5
-    scores = jax.nn.log_softmax(jnp.where(jnp.arange(tokens.shape[1]) <= at[..., None], scores, -jnp.inf), axis=-1)[..., visual]
-    x, _ = last(x, rotary, segments)
-    h = of_names(x)
-    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + config.decoder.norm_eps)
-    said = {name: h @ head["kernel"] + head["bias"] for name, head in state["heads"].items()}
+    def looks(q: jax.Array, k: jax.Array, head: int) -> jax.Array:
+        """Where a head's names look, [rows, names, tokens], log."""
+        scores = jnp.einsum("rnd,rsd->rns", of_names(q[:, :, head]), k[:, :, head]) * q.shape[-1] ** -0.5
+        return jax.nn.log_softmax(jnp.where(jnp.arange(tokens.shape[1]) <= at[..., None], scores, -jnp.inf), axis=-1)
+
+    held: list[jax.Array] = []
+    look: list[tuple[jax.Array, jax.Array]] = []
+    for block in unstack(model.blocks)[:BLOCKS]:
+        q, k, _ = block.project(x, rotary)
+        look.append((q, k))
+        x, _ = block(x, rotary, segments)
+        h = of_names(x)
+        held.append(h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + config.decoder.norm_eps))
+    scores = looks(*look[LOOKS], LOOKING)[..., visual]
+    back = jnp.take_along_axis(looks(*look[COMPARES], BACK), before[..., None], axis=-1)[..., 0]
+    said = {
+        name: held[COMPARES if name in ("count", "more") else LOOKS] @ head["kernel"] + head["bias"]
+        for name, head in state["heads"].items()
+    }
     place, turn = jnp.split(said["measured"], [WORLD], axis=-1)
 
     def where(there: Any, values: Any) -> jax.Array:
@@ -169,6 +185,8 @@ def _loss(
         "place": WORLD * where(named.one, jnp.mean(off, axis=-1)),
         "turn": where(jnp.any(named.turn != 0, axis=-1), jnp.mean(jnp.abs(turn - named.turn), axis=-1)),
         "count": labelled(jnp.ones_like(named.one), said["count"], named.count),
+        "back": -where(named.before >= 0, back),
+        "more": RELATIONS * where(named.more >= 0, optax.sigmoid_binary_cross_entropy(said["more"], jnp.maximum(named.more, 0))),
     }
     losses = {**parts, "off_cm": 100 * REACH * where(named.one, jnp.mean(off, axis=-1)), "hit": where(shown, hit)}
     return sum(parts.values(), jnp.float32(0)), losses
@@ -213,7 +231,10 @@ def _told(still: Still, draw: random.Random, engine: PromptEngine, side: int) ->
         turn=np.zeros((NAMES, TURN), np.float32),
         numbers=np.zeros((NAMES, len(NUMBERS)), np.int32),
         count=np.full(NAMES, -1, np.int32),
+        before=np.full(NAMES, -1, np.int32),
+        more=np.full((NAMES, RELATIONS), -1, np.int32),
     )
+    last = None  # thing that was named, and its token
     found = [(of_char[match.end()], match) for match in NAME.finditer(text) if match.end() in of_char]
     for i, (token, match) in enumerate([pair for pair in found if pair[0] < LENGTH][:NAMES]):
         names.token[i] = token
@@ -226,7 +247,19 @@ def _told(still: Still, draw: random.Random, engine: PromptEngine, side: int) ->
             names.one[i], names.colour[i], names.noun[i] = 1, facts.colour, facts.noun
             names.place[i], names.turn[i], names.numbers[i] = facts.position / REACH, facts.turn, facts.numbers
             names.looks[i] = (owned == number) / max((owned == number).sum(), 1)
+            if number < len(still.things):
+                if last is not None and last[0] != number:
+                    names.before[i], names.more[i, :2] = last[1], _leads(still.things[number], still.things[last[0]])
+                if still.tip is not None:
+                    names.more[i, 2] = still.around == number
+                last = number, token
     return tokens, names
+
+
+def _leads(thing: Thing, other: Thing) -> list[int]:
+    """Whether it is further left, and whether it is in front of the other one."""
+    leads = ((other.place[0] - thing.place[0], CLEARLY_LEFT), (thing.position[0] - other.position[0], CLEARLY_NEARER))
+    return [int(lead > 0) if abs(lead) >= clearly else -1 for lead, clearly in leads]
 
 
 def meant_by(still: Still, match: re.Match[str]) -> list[int]:

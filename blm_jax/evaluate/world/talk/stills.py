@@ -257,9 +257,9 @@ class _Draft:
         )
 
     def _tip(self, tool: np.ndarray) -> np.ndarray | None:
-        """Where it is, if there is one and both cameras see the place."""
+        """Where it is, if there is one, both cameras see the place, and an arm does not stand where all begin."""
         has_fork = self.extras.fork_half.any()
-        tip = tool if self.robot is not None and self.extras.has_arm else self.extras.fork[:3, 3] if has_fork else None
+        tip = self.extras.fork[:3, 3] if has_fork else tool if self.robot is not None and self.extras.has_pose else None
         if tip is None:
             return None
         found = np.stack([render.project(camera, tip, view.SIZE)[0] for camera in view.CAMERAS.values()])

@@ -9,11 +9,10 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -25,7 +24,6 @@ from blm_jax.evaluate.world import view
 from blm_jax.evaluate.world.arms import ROBOTS, TABLE
 from blm_jax.evaluate.world.render import look_at, project
 from blm_jax.evaluate.world.talk import questions, talks
-from blm_jax.evaluate.world.talk import stills as stills_module
 from blm_jax.evaluate.world.talk.questions import GRID, NAMES, NEAR, NEAR_STEPS, REGIONS, Asker, Case
 from blm_jax.evaluate.world.talk.stills import Still, stills
 from blm_jax.evaluate.world.talk.wordings import SPLITS, WORDINGS
@@ -34,15 +32,6 @@ from tests.data.corpora.material import open_engine
 from tests.qwen_files import write_tokenizer_files
 
 SCENES = 400
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """With LLVM's optimiser, which other tests do without: rays take ten times as long."""
-    compiled = jax.jit(stills_module.drawn, static_argnames="may_have_arms", compiler_options={"xla_backend_optimization_level": 1})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stills_module, "_drawn", lambda may_have_arms: functools.partial(compiled, may_have_arms=may_have_arms))
-        yield
 
 
 @functools.cache
@@ -267,11 +256,12 @@ def test_steps_are_as_the_hand_and_the_thing_lie() -> None:
     assert white["release"] > 0.9 and white["lift"] < 0.2
 
 
-def on_target(still: Still) -> bool:
-    """Whether the target's white is before and beside the first thing, in the first picture."""
-    column, row = still.things[0].place.astype(int)
-    below = still.pictures[0][row + 4 : row + 8, max(column - 8, 0) : column + 9]
-    return bool((below.min(-1) > 200).mean() > 0.3)
+def on_target(still: Still, camera: int = 0) -> bool:
+    """Whether the target's white is before and beside the first thing, in one picture."""
+    found, _ = project(list(view.CAMERAS.values())[camera], still.things[0].position.astype(np.float32), view.SIZE)
+    column, row = found.astype(int)
+    below = still.pictures[camera][row + 4 : row + 8, max(column - 8, 0) : column + 9]
+    return bool(below.size and (below.min(-1) > 200).mean() > 0.3)
 
 
 def test_hands_are_where_it_is_dark() -> None:
@@ -304,7 +294,8 @@ def test_success_is_where_things_ended() -> None:
         elif still.task == "LiftPegUpright":
             assert (case.answer == "yes") == (first[2] > 0.1)
         elif still.task in ("PushCube", "PullCube"):
-            on_targets.append((case.answer == "yes") == (on_target(still) or still.things[0].place[1] > view.SIZE - 8))
+            seen = on_target(still) or on_target(still, camera=1) or still.things[0].place[1] > view.SIZE - 8  # the hand hides one of them
+            on_targets.append((case.answer == "yes") == seen)
         told[case.answer] += 1
     assert min(told.values()) >= 10
     assert len(on_targets) >= 10 and np.mean(on_targets) > 0.85  # a shadow may darken the target
