@@ -127,7 +127,8 @@ def activations(row: Row, of: Any, program: dict[str, Any]) -> int:
         numbers = of.stage_one.length * text.width  # the slopes below the head
     else:
         policy = policy_of(of)
-        batch, layers = rows.prompts(model, robot_of(of.stage_two), of.stage_two.instruction_tokens).batch, policy.intent_block
+        prompts = rows.prompts(model, policy, robot_of(of.stage_two), of.stage_two.instruction_tokens)
+        batch, layers = prompts.batch, policy.intent_block
         numbers = 2 * each * policy.bridge.blocks * policy.bridge.queries * policy.bridge.width
         tokens = 1 + policy.bridge.queries + policy.horizon
         numbers += policy.objective.steps * each * policy.dit.layers * tokens * policy.dit.width
