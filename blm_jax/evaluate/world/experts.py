@@ -35,6 +35,7 @@ LAST = np.array([PUT, RAISE, RAISE, LEAVE, LEAVE, LEAVE])  # [tasks] the phase t
 SHUT = np.array([False, True, True, False, False, False])  # [tasks] the gripper, from the start
 
 OVER = 0.06  # metres above: where a hand comes from, and a picked cube
+LOW = 0.008  # below a cube's middle, where it is slid: over it none of the hand must pass, and on the table an arm at its limit scrapes
 TUCK = 0.012  # how far below a body's middle the tips grasp it
 SHORT = 0.07  # of the goal's middle: where a push or a pull ends; further on an xArm that pushes is out of reach
 BESIDE = 0.035  # of a cube, where the hand that pushes it comes down
@@ -183,7 +184,7 @@ def _sliding(setting: Setting, state: State) -> tuple[jax.Array, jax.Array]:
     way = (setting.goal - at) * jnp.array([1.0, 1, 0])
     way = way / jnp.maximum(jnp.linalg.norm(way), 1e-6)
     behind = setting.half[setting.wanted, 0] + setting.arm.pad[0]
-    start = at - way * (behind + BESIDE)  # at half its height: a hand that is a little too low does not scrape along the table
+    start = at - way * (behind + BESIDE) - up * LOW
     end = (setting.goal - way * (SHORT + behind)).at[2].set(start[2])
     places = jnp.stack([start + up * OVER, start, start] + [end] * (PHASES - RAISE))
     yaw = jnp.arctan(way[1] / jnp.where(jnp.abs(way[0]) < 1e-3, 1e-3, way[0]))
@@ -268,7 +269,7 @@ def _has_before(setting: Setting, state: State, memory: Memory, tool: jax.Array,
     off = tool[:3, 3] - state.position[setting.wanted]
     ahead = jnp.sum(off * way) + setting.half[setting.wanted, 0] + setting.arm.pad[0]
     across = jnp.abs(off[0] * way[1] - off[1] * way[0])
-    return (ahead < SLIP) & (ahead > -2 * BESIDE) & (across < slack * ASIDE) & (jnp.abs(off[2]) < slack * ASIDE)
+    return (ahead < SLIP) & (ahead > -2 * BESIDE) & (across < slack * ASIDE) & (jnp.abs(off[2] + LOW) < slack * ASIDE)
 
 
 def _stride(setting: Setting, memory: Memory, tool: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:

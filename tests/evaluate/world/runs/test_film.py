@@ -18,7 +18,7 @@ from blm_jax.evaluate.world import tasks, view
 from blm_jax.evaluate.world.runs import cells, film, rollout
 from blm_jax.evaluate.world.view import SIZE
 
-ROBOT, TASKS, SEED = "xarm6", ("PushCube", "PullCube"), 1
+ROBOT, TASKS, SEED = "xarm6", ("PushCube", "PullCube"), 3
 FLAGS = ["eval", "world", "expert", "--robots", ROBOT, "--tasks", ",".join(TASKS), "--episodes", "4", "--seed", str(SEED)]
 
 
