@@ -168,7 +168,7 @@ class EmbodimentConfig:
     state_dropout: float = 0.0  # how often the whole state is hidden in training
 
 
-Path = Literal["flow", "ddim"]
+Path = Literal["flow", "clean", "ddim"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class ObjectiveConfig:
     path: Path = "flow"
     steps: int = 4  # of the sampler
     time_buckets: int = 1000
-    beta: tuple[float, float] = (1.5, 1.0)  # flow: time is (span - b) / span for b of this distribution, so mass lies near noise
+    beta: tuple[float, float] = (1.5, 1.0)  # flow, clean: time is (span - b) / span for b of this distribution, so mass lies near noise
     beta_span: float = 0.999
     draws: int = 1  # noise draws a sample
     future_weight: float = 0.2  # of the loss on future tokens

@@ -1,8 +1,8 @@
 """Paths from noise to actions, the losses that learn them, and the sampler that follows them.
 
-A path mixes actions and noise, x(t) = alpha(t) actions + sigma(t) noise, from noise at time 0 to actions at time 1. Either of the
-two here is one table: how it mixes, what the network learns to say, and which actions that foretells. Given these, losses and
-sampler are the same: flow matching with Euler steps, and diffusion with DDIM's.
+A path mixes actions and noise, x(t) = alpha(t) actions + sigma(t) noise, from noise at time 0 to actions at time 1. Each of those
+here is one table: how it mixes, what the network learns to say, what an error in that weighs, and which actions it foretells. Given
+these, losses and sampler are the same: flow matching with Euler steps, and diffusion with DDIM's.
 """
 
 from __future__ import annotations
@@ -27,11 +27,23 @@ class PathTable(NamedTuple):
     target: Callable[[jax.Array, jax.Array, Mix], jax.Array]  # actions, noise -> what the network learns to say
     foretold: Callable[[jax.Array, jax.Array, Mix], jax.Array]  # x, what it says -> actions at time 1
     time: Callable[[jax.Array, ObjectiveConfig], jax.Array]  # key -> a time to train at
+    weight: Callable[[Mix], jax.Array]  # of an error in what it says
 
 
 def _beta_time(key: jax.Array, config: ObjectiveConfig) -> jax.Array:
     drawn = jax.random.beta(key, *config.beta)
     return jnp.clip((config.beta_span - drawn) / config.beta_span, 0, 1)
+
+
+OPEN = 0.07  # "clean": how far an observation leaves actions open, of their spread
+MOST = 11.0  # "clean": an error weighs so much at most, as flow's with 0.3 of noise left: the end is easy, and would be all it learns
+LEAST = 1e-3  # noise that is divided by
+
+
+def _kept(mix: Mix) -> jax.Array:
+    """How much of x is in the actions that "clean" foretells: hardly any before its noise is less than what is open."""
+    alpha, sigma = mix
+    return alpha * OPEN**2 / (alpha**2 * OPEN**2 + sigma**2)
 
 
 PATHS: dict[Path, PathTable] = {
@@ -40,6 +52,16 @@ PATHS: dict[Path, PathTable] = {
         target=lambda actions, noise, mix: actions - noise,
         foretold=lambda x, said, mix: x + mix[1] * said,
         time=_beta_time,
+        weight=lambda mix: jnp.ones_like(mix[1]),
+    ),
+    # Flow's way, with the network saying the actions: where an observation all but decides them, a small network need not learn to pass
+    # on the noise that it is shown, to more digits than actions have. Near the end, where x is nearly the actions, x itself is passed on.
+    "clean": PathTable(
+        mix=lambda t: (t, 1 - t),
+        target=lambda actions, noise, mix: actions - mix[0] * OPEN**2 / jnp.maximum(mix[1], LEAST) * noise,
+        foretold=lambda x, said, mix: _kept(mix) * x + (1 - _kept(mix) * mix[0]) * said,
+        time=_beta_time,
+        weight=lambda mix: jnp.minimum(((1 - _kept(mix) * mix[0]) / jnp.maximum(mix[1], LEAST)) ** 2, MOST),
     ),
     # The cosine schedule, with the network saying v (Salimans and Ho 2022), which is well behaved at pure noise too.
     "ddim": PathTable(
@@ -47,6 +69,7 @@ PATHS: dict[Path, PathTable] = {
         target=lambda actions, noise, mix: mix[0] * noise - mix[1] * actions,
         foretold=lambda x, said, mix: mix[0] * x - mix[1] * said,
         time=lambda key, config: jax.random.uniform(key),
+        weight=lambda mix: jnp.ones_like(mix[1]),
     ),
 }
 
@@ -103,7 +126,7 @@ def losses(
         given if config.prefix else None,
         jnp.repeat(dropout_keys, config.draws, axis=0) if train and policy.config.dit.dropout else None,
     )
-    error = jnp.where(mask, (said.actions - path.target(actions, noise, mix)) ** 2, 0)
+    error = jnp.where(mask, path.weight(mix) * (said.actions - path.target(actions, noise, mix)) ** 2, 0)
 
     # The future is the slow copy's, and no gradient reaches it.
     wanted = jax.lax.stop_gradient(target(future)).astype(jnp.float32)

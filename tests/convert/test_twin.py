@@ -81,7 +81,7 @@ class Pair:
         return [make_states(self.files.robots[name], rng, 1)[0] for name in names]
 
 
-@pytest.fixture(scope="module", params=["flow", "ddim"])
+@pytest.fixture(scope="module", params=["flow", "clean", "ddim"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -169,7 +169,7 @@ def test_sampled_actions(pair: Pair, batch: str) -> None:
         assert chunk.shape == (2, robot.horizon, len(robot.action))
         assert (chunk.numpy() >= low).all() and (chunk.numpy() <= high).all()
         assert ((chunk.numpy() > low) & (chunk.numpy() < high)).any()
-        assert chunk[0].sub(chunk[1]).abs().max() > 0.01
+        assert chunk[0].sub(chunk[1]).abs().max() > 10 * BOUND["atol"]  # the noise has its say; the least where the actions are said
 
 
 @pytest.mark.parametrize("scheme", ["quantile", "mean_std", "min_max"])

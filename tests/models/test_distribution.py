@@ -91,7 +91,7 @@ def regression() -> np.ndarray:
     return np.asarray(jax.jit(lambda policy: answer(policy, *show(jnp.arange(2), 2)))(policy))
 
 
-@pytest.mark.parametrize("path", ["flow", "ddim"])
+@pytest.mark.parametrize("path", ["flow", "clean", "ddim"])
 def test_more_steps_come_nearer_to_two_ways_of_acting_than_one_answer_can(path: Path, regression: np.ndarray) -> None:
     config = two_ways(path)
     policy = train(config, draw_two_ways, STEPS, RATE).policy

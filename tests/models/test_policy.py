@@ -21,7 +21,7 @@ from blm_jax.mesh import make_mesh
 from blm_jax.models.bridge import Bridge
 from blm_jax.models.layers import around, shapes_of
 from blm_jax.models.mllm import random_params, with_params
-from blm_jax.models.objective import PATHS, Committed, losses, sample
+from blm_jax.models.objective import MOST, OPEN, PATHS, Committed, losses, sample
 from blm_jax.models.policy import Policy
 from tests.models.oracle import CASES
 from tests.models.policies import LAYOUTS, SMALL, Inputs, make_inputs, make_noise, make_policy, small
@@ -160,7 +160,7 @@ def cut_horizon(policy: Policy, steps: int) -> dict[str, Any]:
 # Losses
 
 
-@pytest.mark.parametrize(("path", "prefix"), [("flow", 3), ("ddim", 0)])
+@pytest.mark.parametrize(("path", "prefix"), [("flow", 3), ("clean", 0), ("ddim", 0)])
 def test_the_loss_is_a_loop_over_samples(monkeypatch: pytest.MonkeyPatch, path: Path, prefix: int) -> None:
     """What the network was asked and what it said is recorded; each number it should have said is worked out one by one."""
     config = small(objective=dict(path=path, prefix=prefix, draws=3))
@@ -188,15 +188,20 @@ def test_the_loss_is_a_loop_over_samples(monkeypatch: pytest.MonkeyPatch, path: 
     for row in range(4):
         squares, agreements = [], []
         for n in range(3 * row, 3 * row + 3):
-            alpha, sigma = (time[n], 1 - time[n]) if path == "flow" else (np.sin(np.pi / 2 * time[n]), np.cos(np.pi / 2 * time[n]))
+            alpha, sigma = (np.sin(np.pi / 2 * time[n]), np.cos(np.pi / 2 * time[n])) if path == "ddim" else (time[n], 1 - time[n])
             for step, dimension in np.argwhere(inputs.chunks.mask[row]):
                 true, seen = float(inputs.chunks.actions[row, step, dimension]), noised[n, step, dimension]
                 if given[n, step]:
                     assert seen == pytest.approx(true)
                     continue
                 noise = (seen - alpha * true) / sigma
-                answer = true - noise if path == "flow" else alpha * noise - sigma * true
-                squares.append((said.actions[n, step, dimension] - answer) ** 2)
+                heard, weight = said.actions[n, step, dimension], 1.0
+                if path == "clean":  # flow's error, of the velocity towards the foretold actions; less where that weighs much
+                    kept = alpha * OPEN**2 / (alpha**2 * OPEN**2 + sigma**2)
+                    heard = (kept * seen + (1 - kept * alpha) * heard - seen) / sigma
+                    weight = min(1.0, MOST * (sigma / (1 - kept * alpha)) ** 2)
+                answer = alpha * noise - sigma * true if path == "ddim" else true - noise
+                squares.append(weight * (heard - answer) ** 2)
             for query in range(config.bridge.queries):
                 one, other = said.future[n, query], wanted[row, query]
                 agreements.append(1 - one @ other / np.linalg.norm(one) / np.linalg.norm(other))
@@ -243,7 +248,11 @@ def test_gradients_reach_what_they_should(policy: Policy) -> None:
 
 def test_times_are_drawn_as_they_should() -> None:
     config, keys = ObjectiveConfig(), jax.random.split(jax.random.key(0), 5000)
-    expected: dict[Path, Any] = {"flow": lambda t: 1 - stats.beta(1.5, 1).cdf(0.999 * (1 - t)), "ddim": stats.uniform.cdf}
+
+    def by_beta(time: np.ndarray) -> np.ndarray:
+        return 1 - stats.beta(1.5, 1).cdf(0.999 * (1 - time))
+
+    expected: dict[Path, Any] = {"flow": by_beta, "clean": by_beta, "ddim": stats.uniform.cdf}
     for path, distribution in expected.items():
         draw = PATHS[path].time
         times = np.asarray(jax.vmap(lambda key, draw=draw: draw(key, config))(keys))

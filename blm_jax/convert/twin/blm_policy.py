@@ -397,8 +397,17 @@ class NoisePath(NamedTuple):
     foretold: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x, what the model says, mix -> actions at time 1
 
 
+OPEN = 0.07  # "clean": how far an observation leaves actions open, of their spread
+
+
+def _kept(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """How much of x is in the actions that "clean" foretells."""
+    return alpha * OPEN**2 / (alpha**2 * OPEN**2 + sigma**2)
+
+
 PATHS = {
     "flow": NoisePath(lambda t: (t, 1 - t), lambda x, said, alpha, sigma: x + sigma * said),
+    "clean": NoisePath(lambda t: (t, 1 - t), lambda x, said, alpha, sigma: said + _kept(alpha, sigma) * (x - alpha * said)),
     "ddim": NoisePath(
         lambda t: (torch.sin(torch.pi / 2 * t), torch.cos(torch.pi / 2 * t)), lambda x, said, alpha, sigma: alpha * x - sigma * said
     ),
