@@ -169,7 +169,8 @@ def test_sampled_actions(pair: Pair, batch: str) -> None:
         assert chunk.shape == (2, robot.horizon, len(robot.action))
         assert (chunk.numpy() >= low).all() and (chunk.numpy() <= high).all()
         assert ((chunk.numpy() > low) & (chunk.numpy() < high)).any()
-        assert chunk[0].sub(chunk[1]).abs().max() > 10 * BOUND["atol"]  # the noise has its say; the least where the actions are said
+        # The noise has its say; less of it where the actions themselves are said.
+        assert chunk[0].sub(chunk[1]).abs().max() > (1e-3 if pair.config.objective.path == "clean" else 0.01)
 
 
 @pytest.mark.parametrize("scheme", ["quantile", "mean_std", "min_max"])
