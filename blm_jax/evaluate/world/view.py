@@ -70,10 +70,10 @@ def arm_shapes(arm: Arm, base: jax.Array, joints: jax.Array, opening: jax.Array)
     return joined(hand, links)
 
 
-def hand_shapes(tool: jax.Array, half: jax.Array, apart: jax.Array, palm: jax.Array, pad: jax.Array | None = None) -> Shapes:
+def hand_shapes(tool: jax.Array, half: jax.Array, apart: jax.Array, palm: jax.Array, pad: jax.Array) -> Shapes:
     """A palm and two pads whose inner sides are so far apart; half sizes [2, 3] of both kinds, and their colours."""
     palm_half, pad_half = half
-    turned, pad = tool[:3, :3], palm if pad is None else pad
+    turned = tool[:3, :3]
     pad_y = apart / 2 + pad_half[1]
     behind = -2 * pad_half[2] - palm_half[2]
     in_hand = jnp.stack([jnp.stack([0 * pad_y, y, z]) for y, z in ((0 * pad_y, behind), (-pad_y, -pad_half[2]), (pad_y, -pad_half[2]))])

@@ -111,10 +111,14 @@ def _indexed(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     colours = np.stack([found >> 16, found >> 8, found], axis=-1).astype(np.uint8)  # [colours, 3]
     palette = colours
     if len(colours) > COLOURS:
-        # What is often seen stays as it is; of the rest each counts once, or a small cube's would be lost among greys.
-        often, rest = np.split(np.argsort(-counts, kind="stable"), [COLOURS // 2])
-        fewer = Image.fromarray(colours[rest][None]).quantize(COLOURS // 2, Image.Quantize.MEDIANCUT).getpalette()
-        palette = np.concatenate([colours[often], np.array(fewer, np.uint8).reshape(-1, 3)[: COLOURS // 2]])
+        # What is often seen stays as it is; then comes what is least like all before it, or a small cube's would be lost among greys.
+        chosen = list(np.argsort(-counts, kind="stable")[: COLOURS // 4])
+        values = colours.astype(np.float32)
+        apart = np.min([((values - values[one]) ** 2).sum(axis=1) for one in chosen], axis=0)  # [colours] from the nearest that is chosen
+        while len(chosen) < COLOURS:
+            chosen.append(apart.argmax())
+            apart = np.minimum(apart, ((values - values[chosen[-1]]) ** 2).sum(axis=1))
+        palette = colours[chosen]
     wanted, given = colours.astype(np.float32), palette.astype(np.float32)
     apart = (given**2).sum(axis=1) - 2 * wanted @ given.T  # [colours, palette] squared distances, but for what is the same in a row
     return apart.argmin(axis=1).astype(np.uint8)[places].reshape(packed.shape), palette

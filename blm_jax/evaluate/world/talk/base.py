@@ -22,6 +22,7 @@ from blm_jax.data.prompt import PromptEngine
 from blm_jax.data.vision.pixels import PixelConfig
 from blm_jax.evaluate.world.talk import eyes, finding
 from blm_jax.evaluate.world.talk.eyes import FARTHEST, Spoken
+from blm_jax.evaluate.world.talk.fitting import Log
 from blm_jax.evaluate.world.talk.questions import GRID, NAMES, REGIONS, YES_NO
 from blm_jax.evaluate.world.talk.stills import FORK, GOAL, NOUNS, STEPS
 from blm_jax.evaluate.world.talk.talks import sentences
@@ -62,7 +63,7 @@ def write_untrained(path: epath.PathLike, seed: int = 0) -> None:
     write_new_model(path, config, drawn(config, seed), assets_of(words))
 
 
-def write_finding(path: epath.PathLike, seed: int = 0) -> dict[str, list[dict[str, float]]]:
+def write_finding(path: epath.PathLike, seed: int = 0) -> dict[str, Log]:
     """The same, but that its eyes have learned to see (`eyes`), and its decoder to find what is named (`finding`). Losses on the way."""
     words = tokenizer(seed)
     config, assets, known = config_of(words), assets_of(words), spoken(words)

@@ -24,6 +24,7 @@ from blm_jax.batch import VisionRows
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.data.vision.pixels import PixelConfig, cut_patches, levels_of
 from blm_jax.evaluate.world import render
+from blm_jax.evaluate.world.talk.fitting import Log, fitted, label_loss, mean_where
 from blm_jax.evaluate.world.talk.questions import GRID
 from blm_jax.evaluate.world.talk.stills import NOUNS, Still, stills
 from blm_jax.evaluate.world.tasks import COLOURS
@@ -33,11 +34,10 @@ from blm_jax.models.vision import VisionTower
 
 REACH = 0.25  # metres that x and y are divided by
 SCENES, BATCH, EPOCHS = 16_000, 32, 5
-RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
-TOLD = 50  # steps between those whose losses are told
 PLACE = 5  # a thing's places in picture and world
 MEASURED = PLACE + 2 + 2  # which way a cube is turned; the cell's own place
 FARTHEST = 35  # centimetres along x, y and z that there are words for
+MARK, TIP = len(NOUNS), len(NOUNS) + 1  # what counts as nouns beside those of things: a mark, and what a fork holds between its tips
 PALM = np.array([0, 0, 0.06])  # where a fork is seen, from its tips: there may be a thing between those
 NUMBERS = ("column", "row", "x", "y", "z")  # what is said in words for numbers, each through a layer of its own
 
@@ -68,42 +68,27 @@ class Seen(NamedTuple):
     numbers: np.ndarray  # [pictures, cells, NUMBERS] words for its column and row, in the first picture, and its x, y and z
 
 
-def learn(
-    params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, spoken: Spoken, seed: int
-) -> tuple[dict[str, Any], list[dict[str, float]]]:
+def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, spoken: Spoken, seed: int) -> tuple[dict[str, Any], Log]:
     """A model's parameters after it, of which the tower's and the words' are others, and the losses on the way."""
     seen = _gathered(islice(stills(seed, "train", robots=False), SCENES), SIZE // (pixels.merge * pixels.patch))
     cells = seen.there.shape[1]
     side = round(cells**0.5)
     own = np.stack(np.meshgrid(*2 * [(np.arange(side) + 0.5) * 2 / side - 1], indexing="ij"), axis=-1).reshape(cells, 2).astype(np.float32)
     views, steps = len(CAMERAS), EPOCHS * SCENES // BATCH
-    rate = optax.warmup_cosine_decay_schedule(0, RATE, int(WARMUP * steps), steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, b2=0.98, weight_decay=0.01))
     width = config.vision.out_width
     sizes = {"measured": MEASURED} | dict.fromkeys(NUMBERS, width)
     heads: dict[str, Any] = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
     heads["there"] = {"bias": jnp.zeros(())}
     state = {"tower": params["vision"], "words": params["decoder"]["embed"]["embedding"], "heads": heads}
-    state = jax.tree.map(jnp.copy, state)  # a step uses up what it is given
-    moments = optimizer.init(state)
+    loss = partial(_loss, config=config, levels=levels_of(pixels), spoken=spoken, own=own)
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(state: Any, moments: Any, seen: Seen) -> tuple[Any, Any, dict[str, jax.Array]]:
-        (_, told), slopes = jax.value_and_grad(
-            partial(_loss, config=config, levels=levels_of(pixels), spoken=spoken, own=own), has_aux=True
-        )(state, seen)
-        updates, moments = optimizer.update(slopes, moments, state)
-        return optax.apply_updates(state, updates), moments, told
-
-    random, log = np.random.default_rng(seed), []
-    for number in tqdm(range(steps), unit=" steps", desc="eyes", disable=None):
-        scenes = random.choice(SCENES, BATCH, replace=False)
+    def batch(draw: np.random.Generator) -> Seen:
+        scenes = draw.choice(SCENES, BATCH, replace=False)
         rows = (scenes[:, None] * views + np.arange(views)).ravel()
-        batch = Seen(*(part[rows] for part in seen))
-        patches = np.stack([cut_patches(picture[None], pixels) for picture in batch.pictures])
-        state, moments, told = step(state, moments, batch._replace(pictures=patches))
-        if (number + 1) % TOLD == 0:
-            log.append({"step": number + 1, **{name: float(value) for name, value in told.items()}})
+        some = Seen(*(part[rows] for part in seen))
+        return some._replace(pictures=np.stack([cut_patches(picture[None], pixels) for picture in some.pictures]))
+
+    state, log = fitted(loss, state, None, batch, steps, seed, "eyes")
     decoder = {**params["decoder"], "embed": {"embedding": state["words"]}}
     return {**params, "vision": state["tower"], "decoder": decoder}, log
 
@@ -144,7 +129,7 @@ class Facts(NamedTuple):
 
 def shown(still: Still) -> list[tuple[np.ndarray, int]]:
     """Middles of all things, of the mark and of the fork if there are, and of which noun each is."""
-    others = [(place, len(NOUNS) + i) for i, place in enumerate((still.goal, still.tip)) if place is not None]
+    others = [(place, noun) for place, noun in ((still.goal, MARK), (still.tip, TIP)) if place is not None]
     return [(thing.position, NOUNS.index(thing.noun)) for thing in still.things] + others
 
 
@@ -154,7 +139,7 @@ def facts(still: Still, number: int) -> Facts:
     pointed, _ = render.project(CAMERAS["front"], position, SIZE)
     pointed = np.clip(GRID * pointed / SIZE, 0, GRID - 1)
     numbers = np.array([*pointed, *(np.clip(np.round(100 * position), -FARTHEST, FARTHEST) + FARTHEST)], np.int32)
-    if noun >= len(NOUNS):
+    if noun in (MARK, TIP):
         return Facts(position, -1, noun, (0.0, 0.0), numbers)
     thing = still.things[number]
     turn = (0.0, 0.0) if thing.turn is None else (float(np.cos(4 * thing.turn)), float(np.sin(4 * thing.turn)))
@@ -164,7 +149,7 @@ def facts(still: Still, number: int) -> Facts:
 def owners(still: Still, camera: render.Camera, side: int) -> np.ndarray:
     """Of each of side * side cells of a picture, what has its middle there, as `shown` counts; -1 where nothing has."""
     owner = np.full(side * side, -1)
-    places = [place + PALM * (noun == len(NOUNS) + 1) for place, noun in shown(still)]
+    places = [place + PALM * (noun == TIP) for place, noun in shown(still)]
     found, depth = render.project(camera, np.stack(places).astype(np.float32), SIZE)
     for i in np.argsort(-depth):  # the nearest last: it hides the others
         column, row = (np.clip(found[i] / SIZE, 0, 1 - 1e-6) * side).astype(int)
@@ -173,7 +158,7 @@ def owners(still: Still, camera: render.Camera, side: int) -> np.ndarray:
 
 
 def _loss(
-    state: Any, seen: Seen, *, config: BackboneConfig, levels: Any, spoken: Spoken, own: np.ndarray
+    state: Any, fixed: None, seen: Seen, *, config: BackboneConfig, levels: Any, spoken: Spoken, own: np.ndarray
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=nnx.Rngs(0)), state["tower"])
     tokens = tower(rows_of(jnp.asarray(seen.pictures), levels, config.vision.merge))
@@ -183,12 +168,8 @@ def _loss(
     exists = tokens @ words[config.tokens.image] + heads["there"]["bias"]
     there = jnp.asarray(seen.there, jnp.float32)
 
-    def where(there: jax.Array, values: jax.Array) -> jax.Array:
-        return jnp.sum(values * there) / jnp.maximum(jnp.sum(there), 1)
-
     def in_words(token: jax.Array, choices: np.ndarray, meant: np.ndarray) -> jax.Array:
-        loss = optax.softmax_cross_entropy_with_integer_labels(token @ words[choices].T, jnp.maximum(jnp.asarray(meant), 0))
-        return where(there * (jnp.asarray(meant) >= 0), loss)
+        return label_loss(there, token @ words[choices].T, meant)
 
     numbers = zip(NUMBERS, spoken.of_numbers(), strict=True)
     off = jnp.abs(place - seen.place)
@@ -197,11 +178,11 @@ def _loss(
         "colour": jnp.mean(jnp.stack([in_words(tokens, choices, seen.colour) for choices in spoken.colours])),
         "noun": jnp.mean(jnp.stack([in_words(tokens, choices, seen.noun) for choices in spoken.nouns])),
         "numbers": jnp.mean(jnp.stack([in_words(said[name], choices, seen.numbers[..., i]) for i, (name, choices) in enumerate(numbers)])),
-        "place": PLACE * where(there, jnp.mean(off, axis=-1)),
-        "turn": where(jnp.any(jnp.asarray(seen.turn) != 0, axis=-1), jnp.mean(jnp.abs(turn - seen.turn), axis=-1)),
+        "place": PLACE * mean_where(there, jnp.mean(off, axis=-1)),
+        "turn": mean_where(jnp.any(jnp.asarray(seen.turn) != 0, axis=-1), jnp.mean(jnp.abs(turn - seen.turn), axis=-1)),
         "own": jnp.mean(jnp.abs(own_place - own)),
     }
-    told = {**parts, "off_cm": 100 * REACH * where(there, jnp.mean(off[..., 2:], axis=-1))}
+    told = {**parts, "off_cm": 100 * REACH * mean_where(there, jnp.mean(off[..., 2:], axis=-1))}
     return sum(parts.values(), jnp.float32(0)), told
 
 

@@ -27,6 +27,7 @@ from blm_jax.data.vision.pixels import cut_patches, levels_of
 from blm_jax.evaluate.world import tasks
 from blm_jax.evaluate.world.talk import eyes
 from blm_jax.evaluate.world.talk.eyes import NUMBERS, REACH, Spoken
+from blm_jax.evaluate.world.talk.fitting import Log, fitted, label_loss, mean_where
 from blm_jax.evaluate.world.talk.questions import CLEARLY_LEFT, CLEARLY_NEARER, MARKS
 from blm_jax.evaluate.world.talk.stills import FORK, NOUNS, Still, Thing, stills
 from blm_jax.evaluate.world.talk.wordings import WORDINGS
@@ -36,16 +37,14 @@ from blm_jax.models.layers import around, unstack
 from blm_jax.models.rope import text_rotary
 from blm_jax.models.vision import VisionTower
 
-BINDS, LOOKS, COMPARES = range(3)  # blocks of the decoder: a colour to its noun; at what is named; with what was named before
-BLOCKS = 3
+BLOCKS = 3  # of the decoder: the first binds a colour to its noun
+LOOKS, COMPARES = 1, 2  # blocks that look at what is named, and that compare it with what was named before
 LOOKING, BACK = -1, 0  # the head that looks at things, and that which looks back
 SCENES, ROWS, EPOCHS = 12_000, 32, 3
 LENGTH, NAMES = 80, 20  # tokens of a text, and names in it, at most
-RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
-TOLD = 50  # steps between those whose losses are told
 COUNTED = 6  # things of a kind, at most
 ABOUT_NAMES = tuple(kind for kind in WORDINGS if kind not in ("goal", "tip", "count", "colour", "shape", "robot", "success"))
-RELATIONS = 3
+RELATIONS = 3  # whether a thing is further left than the one before, in front of it, and in the fork
 WORLD, TURN = 3, 2  # numbers of a place and of how a cube is turned
 BETWEEN = (" ", "\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n")
 
@@ -67,9 +66,7 @@ class Named(NamedTuple):
     numbers: np.ndarray  # [..., NUMBERS]
     count: np.ndarray  # int32 of things of a kind, -1 where it is not that
     before: np.ndarray  # the token of the name that it is compared with, -1 where there is none
-    more: (
-        np.ndarray
-    )  # [..., RELATIONS] int32: whether it is further left than that, in front of that, in the fork; -1 where that is not clear
+    more: np.ndarray  # [..., RELATIONS] int32, -1 where it is not clear
 
 
 class Told(NamedTuple):
@@ -80,9 +77,7 @@ class Told(NamedTuple):
     named: Named
 
 
-def learn(
-    params: dict[str, Any], config: BackboneConfig, engine: PromptEngine, spoken: Spoken, seed: int
-) -> tuple[dict[str, Any], list[dict[str, float]]]:
+def learn(params: dict[str, Any], config: BackboneConfig, engine: PromptEngine, spoken: Spoken, seed: int) -> tuple[dict[str, Any], Log]:
     """A model's parameters after it, of which the decoder's first blocks are others, and the losses on the way."""
     told = _gathered(params, config, engine, seed)
     blank = np.zeros((SIZE, SIZE, 3), np.uint8)
@@ -94,25 +89,14 @@ def learn(
     width = config.decoder.width
     sizes = {"measured": WORLD + TURN, "count": COUNTED + 1, "more": RELATIONS, **dict.fromkeys(("colour", "noun", *NUMBERS), width)}
     heads = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
-    state = jax.tree.map(jnp.copy, {"blocks": first, "heads": heads})
-    steps = EPOCHS * SCENES // ROWS
-    rate = optax.warmup_cosine_decay_schedule(0, RATE, int(WARMUP * steps), steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, b2=0.98, weight_decay=0.01))
-    moments = optimizer.init(state)
-    loss = partial(_loss, decoder=params["decoder"], rest=rest, config=config, start=start, spoken=spoken)
+    fixed = {"decoder": {name: part for name, part in params["decoder"].items() if name != "blocks"}, "rest": rest}
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(state: Any, moments: Any, told: Told) -> tuple[Any, Any, dict[str, jax.Array]]:
-        (_, losses), slopes = jax.value_and_grad(loss, has_aux=True)(state, told)
-        updates, moments = optimizer.update(slopes, moments, state)
-        return optax.apply_updates(state, updates), moments, losses
-
-    draw, log = np.random.default_rng(seed), []
-    for number in tqdm(range(steps), unit=" steps", desc="finding", disable=None):
+    def batch(draw: np.random.Generator) -> Told:
         rows = draw.choice(len(told.tokens), ROWS, replace=False)
-        state, moments, losses = step(state, moments, jax.tree.map(lambda part, rows=rows: part[rows], told))
-        if (number + 1) % TOLD == 0:
-            log.append({"step": number + 1, **{name: float(value) for name, value in losses.items()}})
+        return jax.tree.map(lambda part: part[rows], told)
+
+    loss = partial(_loss, config=config, start=start, spoken=spoken)
+    state, log = fitted(loss, {"blocks": first, "heads": heads}, fixed, batch, EPOCHS * SCENES // ROWS, seed, "finding")
     return {**params, "decoder": {**params["decoder"], "blocks": _joined(state["blocks"], rest)}}, log
 
 
@@ -125,11 +109,11 @@ def _joined(first: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loss(
-    state: Any, told: Told, *, decoder: Any, rest: Any, config: BackboneConfig, start: tuple[np.ndarray, np.ndarray], spoken: Spoken
+    state: Any, fixed: Any, told: Told, *, config: BackboneConfig, start: tuple[np.ndarray, np.ndarray], spoken: Spoken
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    params = {**decoder, "blocks": _joined(state["blocks"], rest)}
+    params = {**fixed["decoder"], "blocks": _joined(state["blocks"], fixed["rest"])}
     model = around(lambda: Decoder(config.decoder, ComputeConfig(), rngs=nnx.Rngs(0)), params)
-    named, words = told.named, decoder["embed"]["embedding"]
+    named, words = told.named, params["embed"]["embedding"]
     rows, (begun, places) = len(told.tokens), start
     tokens = jnp.concatenate([jnp.broadcast_to(begun, (rows, len(begun))), told.tokens], axis=1)
     own = places.max() + 1 + np.broadcast_to(np.arange(LENGTH), (3, LENGTH))
@@ -163,32 +147,25 @@ def _loss(
     }
     place, turn = jnp.split(said["measured"], [WORLD], axis=-1)
 
-    def where(there: Any, values: Any) -> jax.Array:
-        return jnp.sum(values * there) / jnp.maximum(jnp.sum(there), 1)
-
-    def labelled(there: Any, logits: jax.Array, meant: Any) -> jax.Array:
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(meant, 0))
-        return where(there * (meant >= 0), loss)
-
     def in_words(name: str, choices: np.ndarray, meant: Any) -> jax.Array:
-        return labelled(named.one, said[name] @ words[choices].T, meant)
+        return label_loss(named.one, said[name] @ words[choices].T, meant)
 
     numbers = zip(NUMBERS, spoken.of_numbers(), strict=True)
     off = jnp.abs(place - named.place)
     hit = jnp.take_along_axis(named.looks, jnp.argmax(scores, axis=-1)[..., None], axis=-1)[..., 0] > 0
     shown = named.looks.sum(axis=-1)
     parts = {
-        "looks": -where(shown, jnp.sum(jnp.where(named.looks > 0, scores * named.looks, 0), axis=-1)),
+        "looks": -mean_where(shown, jnp.sum(jnp.where(named.looks > 0, scores * named.looks, 0), axis=-1)),
         "colour": in_words("colour", spoken.colours[1], named.colour),
         "noun": in_words("noun", spoken.nouns[1], named.noun),
         "numbers": jnp.mean(jnp.stack([in_words(name, choices, named.numbers[..., i]) for i, (name, choices) in enumerate(numbers)])),
-        "place": WORLD * where(named.one, jnp.mean(off, axis=-1)),
-        "turn": where(jnp.any(named.turn != 0, axis=-1), jnp.mean(jnp.abs(turn - named.turn), axis=-1)),
-        "count": labelled(jnp.ones_like(named.one), said["count"], named.count),
-        "back": -where(named.before >= 0, back),
-        "more": RELATIONS * where(named.more >= 0, optax.sigmoid_binary_cross_entropy(said["more"], jnp.maximum(named.more, 0))),
+        "place": WORLD * mean_where(named.one, jnp.mean(off, axis=-1)),
+        "turn": mean_where(jnp.any(named.turn != 0, axis=-1), jnp.mean(jnp.abs(turn - named.turn), axis=-1)),
+        "count": label_loss(jnp.ones_like(named.one), said["count"], named.count),
+        "back": -mean_where(named.before >= 0, back),
+        "more": RELATIONS * mean_where(named.more >= 0, optax.sigmoid_binary_cross_entropy(said["more"], jnp.maximum(named.more, 0))),
     }
-    losses = {**parts, "off_cm": 100 * REACH * where(named.one, jnp.mean(off, axis=-1)), "hit": where(shown, hit)}
+    losses = {**parts, "off_cm": 100 * REACH * mean_where(named.one, jnp.mean(off, axis=-1)), "hit": mean_where(shown, hit)}
     return sum(parts.values(), jnp.float32(0)), losses
 
 
@@ -265,7 +242,7 @@ def _leads(thing: Thing, other: Thing) -> list[int]:
 def meant_by(still: Still, match: re.Match[str]) -> list[int]:
     """All that a name may mean, as `eyes.shown` counts."""
     if match["mark"] or match["tip"]:
-        wanted = len(NOUNS) + bool(match["tip"])
+        wanted = eyes.MARK if match["mark"] else eyes.TIP
         return [i for i, (_, noun) in enumerate(eyes.shown(still)) if noun == wanted]
     colour, noun = match["colour"], match["noun"]
     return [i for i, thing in enumerate(still.things) if colour in (None, thing.colour) and noun in ("thing", thing.noun)]

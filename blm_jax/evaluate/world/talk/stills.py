@@ -169,9 +169,8 @@ def _shapes(setting: Setting, state: State, extras: Extras, may_have_arms: bool)
     marks = view.place_shapes(setting)
     if not may_have_arms:
         bars = view.bar_shapes(extras.bars, extras.girth, extras.bar_colour)
-        return view.joined(
-            bodies, drums, marks, bars, view.hand_shapes(extras.fork, extras.fork_half, extras.fork_open, extras.fork_colour)
-        )
+        fork = view.hand_shapes(extras.fork, extras.fork_half, extras.fork_open, extras.fork_colour, extras.fork_colour)
+        return view.joined(bodies, drums, marks, bars, fork)
     arm = view.arm_shapes(setting.arm, setting.base, state.joints, state.opening)
     arm = arm._replace(
         box_half=arm.box_half * extras.has_arm, rod_radius=arm.rod_radius * extras.has_arm, drum_radius=arm.drum_radius * extras.has_arm
@@ -365,9 +364,9 @@ class _Draft:
             self.around = None if is_above else BODIES + number
         fork, half = np.eye(4), np.array([random.uniform(0.02, 0.05, 3), random.uniform((0.006, 0.004, 0.012), (0.012, 0.008, 0.03))])
         c, s = np.cos(turn := random.uniform(0, 2 * np.pi)), np.sin(turn)
-        lean = random.normal(0, 0.15, 3)
-        fork[:3, :3] = np.linalg.qr(np.array([[c, s, 0], [s, -c, 0], [0, 0, -1]]) + np.outer([0, 0, 1], lean))[0]
-        fork[:3, :3] *= np.sign(np.sum(fork[:3, :3] * np.array([[c, s, 0], [s, -c, 0], [0, 0, -1]]), axis=0))
+        down = np.array([[c, s, 0], [s, -c, 0], [0, 0, -1]])
+        leaning = np.linalg.qr(down + np.outer([0, 0, 1], random.normal(0, 0.15, 3)))[0]
+        fork[:3, :3] = leaning * np.sign(np.sum(leaning * down, axis=0))
         fork[:3, 3] = tip
         wrist = tip - fork[:3, 2] * (2 * half[1, 2] + 2 * half[0, 2])
         foot = np.array([random.uniform(-0.65, -0.3), random.uniform(-0.15, 0.15), 0.0])

@@ -15,10 +15,11 @@ from PIL import Image, ImageSequence
 
 from blm_jax.cli import main
 from blm_jax.evaluate.world import tasks, view
+from blm_jax.evaluate.world.render import project
 from blm_jax.evaluate.world.runs import cells, film, rollout
 from blm_jax.evaluate.world.view import SIZE
 
-ROBOT, TASKS, SEED = "xarm6", ("PushCube", "PullCube"), 3
+ROBOT, TASKS, SEED = "xarm6", ("PushCube", "PullCube"), 1
 FLAGS = ["eval", "world", "expert", "--robots", ROBOT, "--tasks", ",".join(TASKS), "--episodes", "4", "--seed", str(SEED)]
 
 
@@ -79,15 +80,18 @@ def test_what_is_seen(out: Path, task: str) -> None:
     settings, states = cells.begin(np.uint32(SEED), *cells.episodes_of((ROBOT,), (task,), 1), kind=cells.EVALUATION, two=False)
     seen = view.tiled(np.asarray(view.pictures(jax.vmap(view.shapes)(settings, states))))
     off = np.abs(frames[0].astype(int) - seen)
-    assert off.mean() < 2 and (off > 30).mean() < 1e-3  # a film has but so many colours
+    assert off.mean() < 2 and off.max() <= 30  # a film has but so many colours
 
     colour = np.asarray(settings.colour)[0, 0]
     side = frames[[0, -1], :, SIZE + 2 :].astype(float)
     alike = side @ colour / np.linalg.norm(side, axis=-1) / np.linalg.norm(colour)
     columns = [np.nonzero(one > 0.99)[1] for one in alike]
     assert min(map(len, columns)) > 5
-    moved = columns[1].mean() - columns[0].mean()
-    assert 20 < (moved if task == "PushCube" else -moved) < 60
+    # Where the cube was and where the table says that it was left, as the camera has it.
+    places = np.stack([np.asarray(states.position)[0, 0], row["end"]]).astype(np.float32)
+    wanted, _ = project(view.CAMERAS["side"], places, SIZE)
+    assert np.abs([one.mean() + 0.5 for one in columns] - wanted[:, 0]).max() < 1
+    assert (wanted[1, 0] > wanted[0, 0]) == (task == "PushCube")
 
 
 def test_only_what_lacks_is_filmed(out: Path) -> None:

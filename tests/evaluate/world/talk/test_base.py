@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from blm_jax.config import ComputeConfig
 from blm_jax.data.chat import load_tokenizer
-from blm_jax.evaluate.world.talk import base, eyes
+from blm_jax.evaluate.world.talk import base, eyes, fitting
 from blm_jax.evaluate.world.talk.questions import Asker
 from blm_jax.evaluate.world.talk.stills import stills
 from blm_jax.models.layers import unstack
@@ -70,7 +70,8 @@ def test_what_is_said_here_are_words_and_not_letters(untrained: Path) -> None:
 
 def test_eyes_learn(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few scenes seen often: their colours are told, and where things are; but for eyes and words all stays as it was."""
-    for name, number in {"SCENES": 16, "BATCH": 8, "EPOCHS": 40, "TOLD": 20}.items():
+    monkeypatch.setattr(fitting, "TOLD", 20)
+    for name, number in {"SCENES": 16, "BATCH": 8, "EPOCHS": 40}.items():
         monkeypatch.setattr(eyes, name, number)
     config = read_config(untrained)
     params = base.drawn(config, 0)

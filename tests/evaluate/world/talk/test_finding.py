@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from blm_jax.evaluate.world import render, view
-from blm_jax.evaluate.world.talk import base, eyes, finding
+from blm_jax.evaluate.world.talk import base, eyes, finding, fitting
 from blm_jax.evaluate.world.talk.stills import NOUNS, Still, Thing, stills
 
 
@@ -87,7 +87,8 @@ def test_texts_name_what_is_there() -> None:
 
 def test_it_learns_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few scenes seen often: names look at what they name; eyes, words and later blocks stay as they were."""
-    for name, number in {"SCENES": 32, "ROWS": 16, "EPOCHS": 30, "TOLD": 30}.items():
+    monkeypatch.setattr(fitting, "TOLD", 30)
+    for name, number in {"SCENES": 32, "ROWS": 16, "EPOCHS": 30}.items():
         monkeypatch.setattr(finding, name, number)
     words = base.tokenizer(0)
     config = base.config_of(words)
