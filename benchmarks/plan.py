@@ -130,7 +130,7 @@ def activations(row: Row, of: Any, program: dict[str, Any]) -> int:
         prompts = rows.prompts(model, policy, robot_of(of.stage_two), of.stage_two.instruction_tokens)
         batch, layers = prompts.batch, policy.intent_block
         numbers = 2 * each * policy.bridge.blocks * policy.bridge.queries * policy.bridge.width
-        tokens = 1 + policy.bridge.queries + policy.horizon
+        tokens = 1 + policy.bridge.queries + policy.action_tokens
         numbers += policy.objective.steps * each * policy.dit.layers * tokens * policy.dit.width
     patches = 0 if batch.vision is None else batch.vision.patches.shape[1]
     numbers += batch.tokens.shape[1] * text.width * (1 + each * layers) + patches * each * vision.layers * vision.width

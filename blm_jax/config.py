@@ -165,6 +165,7 @@ class EmbodimentConfig:
     state_width: int = 64
     action_width: int = 32
     hidden: int = 1024
+    patch: int = 1  # steps of a chunk that one token holds
     state_dropout: float = 0.0  # how often the whole state is hidden in training
 
 
@@ -216,6 +217,21 @@ class PolicyConfig:
             0 <= self.objective.prefix < self.horizon,
             f"objective.prefix is {self.objective.prefix}: it must be less than the horizon of {self.horizon}",
         )
+        patch = self.embodiment.patch
+        _check(
+            patch >= 1 and self.horizon % patch == 0,
+            f"embodiment.patch is {patch}: so many steps are one token, and it must divide the horizon of {self.horizon}",
+        )
+        _check(
+            patch == 1 or not self.objective.prefix,
+            f"embodiment.patch is {patch} and objective.prefix {self.objective.prefix}: given steps have a time of their own, so with a "
+            "prefix each step is a token",
+        )
+
+    @property
+    def action_tokens(self) -> int:
+        """Of a chunk."""
+        return self.horizon // self.embodiment.patch
 
 
 def below_block(backbone: BackboneConfig, policy: PolicyConfig) -> BackboneConfig:

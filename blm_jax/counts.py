@@ -150,16 +150,17 @@ def step_weights(config: PolicyConfig) -> int:
     """Read in each denoising step."""
     width, layers, body = config.dit.width, config.dit.layers, config.embodiment
     pair = 2 * attention_layer(width, config.dit.ffn, width) - 2 * width**2  # the cross-attention's keys and values are there
-    actions = body.action_width * width + 3 * width**2 + (width + body.action_width) * body.hidden
+    held = body.patch * body.action_width
+    actions = held * width + 3 * width**2 + (width + held) * body.hidden
     return layers // 2 * pair + _time_weights(config) + actions
 
 
 def step_operations(config: PolicyConfig, rows: int) -> int:
     """One denoising step; all rows are at the same time."""
-    width, queries, horizon = config.dit.width, config.bridge.queries, config.horizon
-    tokens, body = 1 + queries + horizon, config.embodiment
+    width, queries, body = config.dit.width, config.bridge.queries, config.embodiment
+    tokens, held = 1 + queries + config.action_tokens, body.patch * body.action_width
     pair = tokens * (6 * width**2 + 4 * width * config.dit.ffn + 2 * width * (queries + tokens))
-    actions = horizon * (body.action_width * width + 3 * width**2 + (width + body.action_width) * body.hidden)
+    actions = config.action_tokens * (held * width + 3 * width**2 + (width + held) * body.hidden)
     return 2 * (rows * (config.dit.layers // 2 * pair + actions) + _time_weights(config))
 
 
@@ -187,7 +188,7 @@ def learning_operations(policy: PolicyConfig, tokens: int) -> int:
 
 Component = Literal["vision", "decoder", "head", "bridge", "dit"]
 # What products are counted by. A pair is a query and a key that it sees. `observations` are what the bridge looks at, now and a
-# chunk later; `moments` are those of now alone; `draws` are of noise, and `dit_tokens`, `dit_pairs` and `steps` are summed over them.
+# chunk later; `moments` are those of now alone; `draws` are of noise; `dit_tokens`, `dit_pairs`, `action_tokens` are summed over them.
 Unit = Literal[
     "patches",
     "window_pairs",
@@ -202,7 +203,7 @@ Unit = Literal[
     "draws",
     "dit_tokens",
     "dit_pairs",
-    "steps",
+    "action_tokens",
     "future_draws",
 ]
 
@@ -415,9 +416,9 @@ def _policy(tape: _Tape, policy: PolicyConfig, bridge: bool) -> None:
     times = 2 if policy.objective.prefix else 1  # a given step has a time of its own
     clock = tape.linear("policy.dit.time.inner", config.time_features, width, "draws", False, count=times)
     clock = tape.linear("policy.dit.time.outer", width, width, "draws", clock, count=times)
-    actions = tape.linear(f"{own}.action_inner", body.action_width, width, "steps", False)
-    actions = tape.linear(f"{own}.action_timed", 2 * width, width, "steps", actions)
-    actions = tape.linear(f"{own}.action_outer", width, width, "steps", actions)
+    actions = tape.linear(f"{own}.action_inner", body.patch * body.action_width, width, "action_tokens", False)
+    actions = tape.linear(f"{own}.action_timed", 2 * width, width, "action_tokens", actions)
+    actions = tape.linear(f"{own}.action_outer", width, width, "action_tokens", actions)
 
     def layers(x: bool) -> bool:
         made = tape.linear(f"{pair}.cross.modulate", width, 2 * width, "draws", clock, count=times)
@@ -431,8 +432,8 @@ def _policy(tape: _Tape, policy: PolicyConfig, bridge: bool) -> None:
         x = tape.block(layers, x)
         tapped = x if 2 * number == config.tap else tapped
     made = tape.linear("policy.dit.modulate", width, 2 * width, "draws", clock, count=times)
-    x = tape.linear(f"{own}.decode_inner", width, body.hidden, "steps", x or made)
-    tape.linear(f"{own}.decode_outer", body.hidden, body.action_width, "steps", x)
+    x = tape.linear(f"{own}.decode_inner", width, body.hidden, "action_tokens", x or made)
+    tape.linear(f"{own}.decode_outer", body.hidden, body.patch * body.action_width, "action_tokens", x)
     head = "policy.future_head"
     tapped |= tape.learns(f"{head}.norm.scale", f"{head}.norm.bias")
     tapped = tape.linear(f"{head}.inner", width, policy.bridge.width, "future_draws", tapped, count=queries)

@@ -237,10 +237,11 @@ def test_no_acting_is_timed_when_actions_differ(acting: Any, quick: None, monkey
         acting.side_by_side(acting.sizes_of("tiny"), acting.cases_of("tiny"), 1, (False,))
 
 
-def test_acting_is_counted_as_the_compiler_does(acting: Any) -> None:
+@pytest.mark.parametrize("patch", [1, 2])
+def test_acting_is_counted_as_the_compiler_does(acting: Any, patch: int) -> None:
     """Of one robot's policy whose every loop goes round once; counted are products alone, on both sides."""
     config = acting.sizes_of("tiny").policy
-    config = replace(config, robots=("panda",))
+    config = replace(config, robots=("panda",), embodiment=replace(config.embodiment, patch=patch))
     rows, samples, tokens = 2, 3, 11
     policy = policy_with_params(config, ComputeConfig(), abstract_policy(config))
     inputs = make_inputs(config, rows, tokens)

@@ -39,14 +39,16 @@ class Embodiments(nnx.Module):
     def __init__(self, robots: int, config: EmbodimentConfig, width: int, *, rngs: nnx.Rngs):
         self.robots = robots
         self.width = width
+        self.patch = config.patch
+        held = config.patch * config.action_width
 
         def linear(inputs: int, outputs: int) -> GroupedLinear:
             return GroupedLinear(robots, inputs, outputs, rngs=rngs)
 
         self.state_inner, self.state_outer = linear(config.state_width, config.hidden), linear(config.hidden, width)
-        self.action_inner = linear(config.action_width, width)
+        self.action_inner = linear(held, width)
         self.action_timed, self.action_outer = linear(2 * width, width), linear(width, width)
-        self.decode_inner, self.decode_outer = linear(width, config.hidden), linear(config.hidden, config.action_width)
+        self.decode_inner, self.decode_outer = linear(width, config.hidden), linear(config.hidden, held)
 
     def choose(self, robot: jax.Array) -> jax.Array:
         """robot [rows] -> [rows, robots], float32."""
@@ -57,15 +59,17 @@ class Embodiments(nnx.Module):
         return self.state_outer(jax.nn.relu(self.state_inner(state[:, None], chosen)), chosen)
 
     def encode_actions(self, actions: jax.Array, time: jax.Array, chosen: jax.Array) -> jax.Array:
-        """actions [rows, horizon, action_width], time [rows or 1, horizon] of each step -> [rows, horizon, width]."""
-        embedded = self.action_inner(actions, chosen)
+        """actions [rows, horizon, action_width], time [rows or 1, tokens] of each token -> [rows, tokens, width]."""
+        rows, horizon, width = actions.shape
+        embedded = self.action_inner(actions.reshape(rows, horizon // self.patch, self.patch * width), chosen)
         waves = jnp.broadcast_to(sinusoid(time, self.width, longest=1e4).astype(embedded.dtype), embedded.shape)
         timed = self.action_timed(jnp.concatenate([embedded, waves], axis=-1), chosen)
         return self.action_outer(jax.nn.silu(timed), chosen)
 
     def decode_actions(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
-        """x [rows, horizon, width] -> [rows, horizon, action_width]."""
-        return self.decode_outer(jax.nn.relu(self.decode_inner(x, chosen)), chosen)
+        """x [rows, tokens, width] -> [rows, horizon, action_width]."""
+        made = self.decode_outer(jax.nn.relu(self.decode_inner(x, chosen)), chosen)
+        return made.reshape(made.shape[0], made.shape[1] * self.patch, -1)
 
 
 # --- rows of a policy's parameters -----------------------------------------------------------------------------------------

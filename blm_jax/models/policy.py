@@ -57,7 +57,7 @@ class Policy(nnx.Module):
         self.dit = DiT(config.dit, config.bridge.width, config.objective.time_buckets, remat=compute.remat, rngs=rngs)
         self.embodiments = Embodiments(len(config.robots), config.embodiment, width, rngs=rngs)
         self.future_tokens = param(TOKEN_SCALE * jax.random.normal(rngs.params(), (queries, width)), (None, "embed"))
-        self.action_places = param(TOKEN_SCALE * jax.random.normal(rngs.params(), (config.horizon, width)), (None, "embed"))
+        self.action_places = param(TOKEN_SCALE * jax.random.normal(rngs.params(), (config.action_tokens, width)), (None, "embed"))
         self.future_head = FutureHead(width, config.bridge.width, rngs=rngs)
 
     def condition(self, intent: IntentRows, robots: RobotRows, hide_state: jax.Array | None = None) -> Condition:
@@ -73,15 +73,16 @@ class Policy(nnx.Module):
     ) -> Velocity:
         """noised [rows * samples, horizon, action_width], samples of a row following each other; time [rows * samples or 1].
 
-        `given` [rows * samples or 1, horizon] bool: steps of the chunk that are known, and have time 1. `keys` turn dropout on.
+        `given` [rows * samples or 1, horizon] bool: steps of the chunk that are known, and have time 1, if each is a token. `keys` turn
+        dropout on.
         """
         samples = noised.shape[0] // condition.state.shape[0]
         state, chosen, mask = (jnp.repeat(x, samples, axis=0) for x in (condition.state, condition.chosen, condition.mask))
-        queries, horizon = self.config.bridge.queries, self.config.horizon
+        queries, tokens = self.config.bridge.queries, self.config.action_tokens
 
-        step_time = jnp.broadcast_to(time[:, None], (time.shape[0], horizon))
+        step_time = jnp.broadcast_to(time[:, None], (time.shape[0], tokens))
         times = time[:, None]
-        which = jnp.zeros((1, 1 + queries + horizon), jnp.int32)
+        which = jnp.zeros((1, 1 + queries + tokens), jnp.int32)
         if given is not None:
             step_time = jnp.where(given, 1.0, step_time)
             times = jnp.stack([time, jnp.ones_like(time)], axis=1)
@@ -93,7 +94,8 @@ class Policy(nnx.Module):
         future = jnp.broadcast_to(self.future_tokens[...].astype(actions.dtype), (actions.shape[0], queries, actions.shape[-1]))
         x = constrain(jnp.concatenate([state, future, actions], axis=1), TEXT_AXES)
         # Steps that a robot's chunk does not have are in a segment of their own, seen by none of the others.
-        segments = jnp.pad(mask.any(axis=-1).astype(jnp.int32), ((0, 0), (1 + queries, 0)), constant_values=1)
+        there = mask.reshape(mask.shape[0], tokens, -1).any(axis=-1)
+        segments = jnp.pad(there.astype(jnp.int32), ((0, 0), (1 + queries, 0)), constant_values=1)
         x, tapped = self.dit(x, condition.memory, segments, clock, keys)
         made = self.embodiments.decode_actions(x[:, 1 + queries :], chosen).astype(jnp.float32)
         return Velocity(jnp.where(mask, made, 0), self.future_head(tapped[:, 1 : 1 + queries]))

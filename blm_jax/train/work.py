@@ -68,7 +68,8 @@ class WorkCount:
         rows, futures = len(moments.has_future), int(np.count_nonzero(moments.has_future))
         draws, queries = self.policy.objective.draws, self.policy.bridge.queries
         steps = np.count_nonzero(np.asarray(moments.robots.action_mask).any(axis=-1), axis=-1)  # [rows]
-        tokens = 1 + queries + steps  # the state, what foresees the future, the chunk
+        held = -(-steps // self.policy.embodiment.patch)
+        tokens = 1 + queries + held  # the state, what foresees the future, the chunk
         seen.update(
             {
                 "observations": rows,
@@ -76,7 +77,7 @@ class WorkCount:
                 "draws": draws * rows,
                 "dit_tokens": draws * int(tokens.sum()),
                 "dit_pairs": draws * int((tokens**2).sum()),
-                "steps": draws * int(steps.sum()),
+                "action_tokens": draws * int(held.sum()),
                 "future_draws": draws * futures,
             }
         )

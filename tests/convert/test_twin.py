@@ -42,7 +42,7 @@ from tests.convert.policy_dirs import make_files, make_params, make_states
 from tests.data.reference import processor
 from tests.models import oracle
 from tests.models.chats import MIXED, VIDEO, make_example, torch_inputs
-from tests.models.policies import make_intent, make_noise, small
+from tests.models.policies import SMALL, make_intent, make_noise, small
 from tests.tiny_model import write_tiny_model
 
 BOUND: dict[str, Any] = dict(atol=1e-4, rtol=0)  # float32, both sides
@@ -67,8 +67,8 @@ def one_thread() -> Iterator[None]:
 class Pair:
     """One policy on both sides, and a batch of padded intents."""
 
-    def __init__(self, directory: Path, path: str):
-        self.config = small(objective=dict(path=path, prefix=PREFIX))
+    def __init__(self, directory: Path, config: PolicyConfig):
+        self.config = config
         self.ours, self.files = policy_of(self.config), make_files(self.config)
         self.directory = directory / "policy"
         write_policy(self.directory, self.files, make_params(self.config))
@@ -81,9 +81,13 @@ class Pair:
         return [make_states(self.files.robots[name], rng, 1)[0] for name in names]
 
 
-@pytest.fixture(scope="module", params=["flow", "clean", "ddim"])
+CONFIGS = {path: small(objective=dict(path=path, prefix=PREFIX)) for path in ("flow", "clean", "ddim")}
+CONFIGS["patched"] = replace(small(objective=dict(path="clean")), horizon=8, embodiment=replace(SMALL.embodiment, patch=2))
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(tmp_path_factory.mktemp(request.param), request.param)
+    return Pair(tmp_path_factory.mktemp(request.param), CONFIGS[request.param])
 
 
 def robot_rows(files: PolicyFiles, names: Sequence[str], states: Sequence[np.ndarray]) -> RobotRows:
@@ -136,18 +140,18 @@ def assert_close(found: Sequence[Any], wanted: Sequence[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("pair", ["flow"], indirect=True)
+@pytest.mark.parametrize("pair", ["flow", "patched"], indirect=True)
 def test_velocities(pair: Pair, batch: str) -> None:
     """At 16 times, with given steps and without. The path has no part in them."""
-    names = BATCHES[batch]
+    names, prefix = BATCHES[batch], pair.config.objective.prefix
     rows = robot_rows(pair.files, names, pair.states(names))
     noised, time = make_noise(pair.config, 3 * len(TIMES)), np.tile(TIMES, 3)
     condition = pair.twin.condition(
         pair.intent, torch.from_numpy(rows.robot).long(), *(torch.from_numpy(x) for x in (rows.state, rows.state_mask, rows.action_mask))
     )
-    for lengths in (np.zeros((len(time), 1), int), np.random.default_rng(2).integers(0, PREFIX + 1, (len(time), 1))):
+    for lengths in (np.zeros((len(time), 1), int), np.random.default_rng(2).integers(0, prefix + 1, (len(time), 1))):
         given = np.arange(pair.config.horizon) < lengths
-        ours = velocity(pair.ours, pair.rows, rows, noised, time, given)
+        ours = velocity(pair.ours, pair.rows, rows, noised, time, given if prefix else None)
         theirs = torch.from_numpy(noised), torch.from_numpy(time), torch.from_numpy(given) if given.any() else None
         np.testing.assert_allclose(pair.twin.velocity(condition, *theirs), ours.actions, **BOUND)
         np.testing.assert_allclose(pair.twin.foresee(condition, *theirs), ours.future, **BOUND)

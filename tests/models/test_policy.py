@@ -17,12 +17,13 @@ from scipy import stats
 from blm_jax import mesh as meshes
 from blm_jax.batch import Chunks, IntentRows, RobotRows
 from blm_jax.config import BridgeConfig, ComputeConfig, MeshConfig, ObjectiveConfig, Path, PolicyConfig
+from blm_jax.errors import RequestError
 from blm_jax.mesh import make_mesh
 from blm_jax.models.bridge import Bridge
 from blm_jax.models.layers import around, shapes_of
 from blm_jax.models.mllm import random_params, with_params
 from blm_jax.models.objective import MOST, OPEN, PATHS, Committed, losses, sample
-from blm_jax.models.policy import Policy
+from blm_jax.models.policy import Policy, Velocity
 from tests.models.oracle import CASES
 from tests.models.policies import LAYOUTS, SMALL, Inputs, make_inputs, make_noise, make_policy, small
 from tests.models.test_programs import equations, make_batch
@@ -155,6 +156,51 @@ def test_steps_that_a_robot_lacks_are_as_if_they_were_not(policy: Policy) -> Non
 def cut_horizon(policy: Policy, steps: int) -> dict[str, Any]:
     params = nnx.to_pure_dict(nnx.state(policy, nnx.Param))
     return {**params, "action_places": params["action_places"][:steps]}
+
+
+def test_steps_of_a_token_are_one_wide_step() -> None:
+    """A policy whose tokens hold two steps says what one with half as many steps, twice as wide, says with the same weights."""
+    patched = replace(SMALL, horizon=8, embodiment=replace(SMALL.embodiment, patch=2))
+    widths = replace(SMALL.embodiment, action_width=2 * SMALL.embodiment.action_width)
+    wide = replace(SMALL, horizon=4, embodiment=widths)
+    policy = make_policy(patched)
+    params = nnx.to_pure_dict(nnx.state(policy, nnx.Param))
+    other = around(lambda: Policy(wide, ComputeConfig(), rngs=nnx.Rngs(0)), params)
+    batch = make_inputs(patched, rows=8, seed=1)  # some robots lack half of a token's steps, or a token
+
+    def halved(values: np.ndarray) -> np.ndarray:
+        return np.asarray(values).reshape(len(values), wide.horizon, -1)
+
+    robots = replace(batch.robots, action_mask=halved(batch.robots.action_mask))
+    noise = make_noise(patched, 8)
+
+    def say(policy: Policy, robots: RobotRows, noise: Any) -> tuple[Velocity, jax.Array]:
+        condition = policy.condition(batch.intent, robots)
+        return policy.velocity(condition, noise, jnp.full(len(noise), 0.3)), sample(policy, condition, noise, 2)
+
+    (velocity, actions), (wanted, others) = jax.jit(say)(policy, batch.robots, noise), jax.jit(say)(other, robots, halved(noise))
+    np.testing.assert_allclose(halved(velocity.actions), wanted.actions, **CLOSE)
+    np.testing.assert_allclose(velocity.future, wanted.future, **CLOSE)
+    np.testing.assert_allclose(halved(actions), others, **CLOSE)
+    assert actions.shape == (8, 8, SMALL.embodiment.action_width) and np.abs(actions).max() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("horizon", "patch", "prefix", "message"),
+    [
+        (7, 2, 0, "embodiment.patch is 2: so many steps are one token, and it must divide the horizon of 7"),
+        (8, 0, 0, "embodiment.patch is 0"),
+        (8, 2, 3, "embodiment.patch is 2 and objective.prefix 3: given steps have a time of their own"),
+    ],
+)
+def test_a_patch_that_does_not_fit_is_refused(horizon: int, patch: int, prefix: int, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        replace(
+            SMALL,
+            horizon=horizon,
+            embodiment=replace(SMALL.embodiment, patch=patch),
+            objective=replace(SMALL.objective, prefix=prefix),
+        )
 
 
 # Losses

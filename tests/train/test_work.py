@@ -232,13 +232,18 @@ def test_absent_steps_and_futures_are_not_counted() -> None:
     short = replace(moments, robots=replace(moments.robots, action_mask=mask), has_future=np.array([True, False]))
     amounts, future = count._of_moments(short)
     tokens = 1 + policy.bridge.queries + np.array([policy.horizon, 3])
-    assert (amounts["steps"], amounts["dit_tokens"], amounts["dit_pairs"]) == (
+    assert (amounts["action_tokens"], amounts["dit_tokens"], amounts["dit_pairs"]) == (
         3 * (policy.horizon + 3),
         3 * tokens.sum(),
         3 * (tokens**2).sum(),
     )
     assert (amounts["future_draws"], future["observations"], amounts["observations"]) == (3, 1, 2)
     assert count(short).needed < count(moments).needed
+
+    patched = replace(policy, horizon=8, embodiment=replace(policy.embodiment, patch=2))
+    mask = np.pad(mask, ((0, 0), (0, 8 - mask.shape[1]), (0, 0)))  # of 7 steps and of 3: 4 tokens and 2
+    amounts, _ = WorkCount(None, patched, trained=())._of_moments(replace(short, robots=replace(short.robots, action_mask=mask)))
+    assert amounts["action_tokens"] == 3 * (4 + 2)
 
 
 def test_a_batch_in_parts() -> None:

@@ -276,27 +276,30 @@ class Embodiments(nn.Module):
     def __init__(self, robots: int, config: Any, width: int):
         super().__init__()
         self.width = width
+        self.patch = config.patch
+        held = config.patch * config.action_width  # by a token
         self.state_inner = GroupedLinear(robots, config.state_width, config.hidden)
         self.state_outer = GroupedLinear(robots, config.hidden, width)
-        self.action_inner = GroupedLinear(robots, config.action_width, width)
+        self.action_inner = GroupedLinear(robots, held, width)
         self.action_timed = GroupedLinear(robots, 2 * width, width)
         self.action_outer = GroupedLinear(robots, width, width)
         self.decode_inner = GroupedLinear(robots, width, config.hidden)
-        self.decode_outer = GroupedLinear(robots, config.hidden, config.action_width)
+        self.decode_outer = GroupedLinear(robots, config.hidden, held)
 
     def encode_state(self, state: Tensor, chosen: Tensor) -> Tensor:
         """state [rows, state_width] -> [rows, 1, width]."""
         return self.state_outer(F.relu(self.state_inner(state[:, None], chosen)), chosen)
 
     def encode_actions(self, actions: Tensor, bucket: Tensor, chosen: Tensor) -> Tensor:
-        """actions [rows, horizon, action_width], bucket [rows or 1, horizon] of each step's time -> [rows, horizon, width]."""
-        embedded = self.action_inner(actions, chosen)
+        """actions [rows, horizon, action_width], bucket [rows or 1, tokens] of each token's time -> [rows, tokens, width]."""
+        embedded = self.action_inner(actions.reshape(len(actions), -1, self.patch * actions.shape[-1]), chosen)
         timed = waves(bucket, self.width, longest=1e4).to(embedded.dtype).expand_as(embedded)
         return self.action_outer(F.silu(self.action_timed(torch.cat([embedded, timed], dim=-1), chosen)), chosen)
 
     def decode_actions(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """x [rows, horizon, width] -> [rows, horizon, action_width]."""
-        return self.decode_outer(F.relu(self.decode_inner(x, chosen)), chosen)
+        """x [rows, tokens, width] -> [rows, horizon, action_width]."""
+        made = self.decode_outer(F.relu(self.decode_inner(x, chosen)), chosen)
+        return made.reshape(len(made), made.shape[1] * self.patch, -1)
 
 
 class FutureHead(nn.Module):
@@ -435,7 +438,7 @@ class BLMPolicy(nn.Module):
         self.dit = DiT(config.dit, config.bridge.width)
         self.embodiments = Embodiments(len(config.robots), config.embodiment, width)
         self.future_tokens = nn.Parameter(torch.empty(config.bridge.queries, width))
-        self.action_places = nn.Parameter(torch.empty(config.horizon, width))
+        self.action_places = nn.Parameter(torch.empty(config.horizon // config.embodiment.patch, width))
         self.future_head = FutureHead(width, config.bridge.width)
 
     @classmethod
@@ -599,12 +602,12 @@ class BLMPolicy(nn.Module):
         return self.future_head(tapped[:, 1 : 1 + self.config.bridge.queries])
 
     def _transform(self, condition: Condition, noised: Tensor, time: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-        config, ahead = self.config, 1 + self.config.bridge.queries
+        ahead = 1 + self.config.bridge.queries
         samples = noised.shape[0] // condition.state.shape[0]
         state, chosen, mask = (part.repeat_interleave(samples, dim=0) for part in (condition.state, condition.chosen, condition.mask))
 
         times = time[:, None]
-        step_times = times.expand(-1, config.horizon)
+        step_times = times.expand(-1, len(self.action_places))
         if given is not None:
             times = torch.stack([time, torch.ones_like(time)], dim=1)
             step_times = torch.where(given, 1.0, step_times)
@@ -615,7 +618,7 @@ class BLMPolicy(nn.Module):
         actions = self.embodiments.encode_actions(actions, self._bucket(step_times), chosen) + self.action_places
         x = torch.cat([state, self.future_tokens.expand(len(actions), -1, -1), actions], dim=1)
         # Steps that a robot's chunk does not have see each other, and are seen by nothing else.
-        real = F.pad(mask.any(dim=-1), (ahead, 0), value=True)
+        real = F.pad(mask.reshape(len(mask), len(self.action_places), -1).any(dim=-1), (ahead, 0), value=True)
         seen = (real[:, :, None] == real[:, None, :])[:, None]
         return self.dit(x, condition.memory, seen, clock)
 
