@@ -236,7 +236,8 @@ def data_collect_world(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.evaluate.world.runs import collect
 
     cells = _cells(args)
-    result = collect.collect(collect.Request(args.out, seed=args.seed, noise=args.noise, form=args.form, **cells))
+    request = collect.Request(args.out, seed=args.seed, noise=args.noise, longest=args.longest, form=args.form, **cells)
+    result = collect.collect(request)
     if process == 0 and not args.json:
         for cell in result["yield"]:
             say(f"{cell['robot']} {cell['task']}: {cell['episodes']} of {cell['attempts']}, {cell['mean_steps']:.0f} steps each")

@@ -121,6 +121,7 @@ def _add_data_collect(parser: argparse.ArgumentParser) -> None:
     world.add_argument(
         "--noise", type=float, default=0.005, metavar="RAD", help="of each joint, done but not recorded: it shows ways back (0.005)"
     )
+    world.add_argument("--longest", type=_at_least_one, default=0, metavar="STEPS", help="of a recording: part of an episode (all of it)")
     world.add_argument("--form", choices=("rlds", "lerobot"), default="rlds", help="of the sets (rlds)")
     world.add_argument("--seed", type=int, default=0, metavar="S", help="of beginnings and noise (0)")
     asked = _command(commands, "questions", data_collect_questions, "about scenes of the embedded world, with their answers")

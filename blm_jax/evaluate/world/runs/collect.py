@@ -2,7 +2,8 @@
 
 Only what succeeded is kept, up to half a second after it had; what failed is tried again with other beginnings. Half of the recordings
 begin in the midst of an episode, right after a jolt: from where no expert goes, they show the way on, and cost no pictures of
-what came before.
+what came before. Pictures are most of the time that it takes, and those of one episode all show the same places: for the same time,
+short recordings of many episodes teach to see more (`longest`).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Request:
     episodes: int = 50  # of each cell
     seed: int = 0
     noise: float = 0.005  # radians of each joint, of what is executed and not recorded
+    longest: int = 0  # steps of a recording; 0: as long as its episode
     two: float = 0.0  # share of the episodes with another cube beside the one that is meant
     form: Form = "rlds"
 
@@ -60,6 +62,8 @@ class Request:
             raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
         if not 0 <= self.noise <= MOST_NOISE:
             raise RequestError(f"noise is {self.noise}: it must lie between 0 and {MOST_NOISE} radians")
+        if self.longest and self.longest < FEWEST:
+            raise RequestError(f"longest is {self.longest}: a recording has at least {FEWEST} steps")
         if not 0 <= self.two <= 1:
             raise RequestError(f"two is {self.two}: it must lie between 0 and 1")
 
@@ -139,8 +143,18 @@ class _Runner:
             if traces.held[row, -1] < rollout.HELD or end < begin + FEWEST:
                 yield None
                 continue
+            begin, end = self._part(begin, end, int(episodes.serial[row]))
             pick = jax.tree.map(lambda x, row=row, kept=slice(begin, end + 1): x[row, kept], traces.state)
             yield Attempt(jax.tree.map(lambda x, row=row: x[row], settings), pick, np.asarray(traces.action[row, begin:end]), texts[row])
+
+    def _part(self, begin: int, end: int, serial: int) -> tuple[int, int]:
+        """Of an episode's steps, those that are recorded. After a jolt they are the first ones; else they begin anywhere."""
+        longest = self.request.longest
+        if not longest or end - begin <= longest:
+            return begin, end
+        if begin == 0:
+            begin = int(np.random.default_rng((self.request.seed, serial, longest)).integers(end - longest + 1))
+        return begin, begin + longest
 
     def _run(self, settings: Setting, progress: Any, rows: Any, limits: np.ndarray) -> rollout.Trace:
         """[rows, steps, ...], until all have succeeded for good measure or the limit is reached."""
