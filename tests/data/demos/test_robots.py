@@ -88,7 +88,8 @@ def test_the_package_knows_four_arms_and_their_like_in_the_world() -> None:
     assert [len(OURS[name].state) for name in START] == [8, 7, 8, 7]
     for name in START:
         robot, like = OURS[name], OURS[f"world_{name}"]
-        assert like == replace(robot, name=like.name, cameras=(Camera("front", 112, 112), Camera("side", 112, 112)))
+        cameras = Camera("front", 112, 112), Camera("side", 112, 112)
+        assert like == replace(robot, name=like.name, executed=4, cameras=cameras)
         assert robot.state == robot.action and robot.hz == 20 and robot.relative
         assert [dimension.kind for dimension in robot.state] == ["joint"] * (len(robot.state) - 1) + ["gripper"]
         assert {dimension.unit for dimension in robot.state[:-1]} == {"rad"}

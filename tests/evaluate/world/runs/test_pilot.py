@@ -87,7 +87,7 @@ def test_the_first_chunk_of_an_episode_follows_nothing(actor: Actor) -> None:
         return np.asarray(decide(pilot.values, rows, settings, states, memory, jnp.int32(0)).chunk)
 
     np.testing.assert_array_equal(told(False), decided(pilot, rows, settings, states))
-    np.testing.assert_allclose(told(True), faded(jnp.full((1, 16, JOINTS + 1), 9.0), jnp.asarray(told(False)), 8), rtol=1e-6)
+    np.testing.assert_allclose(told(True), faded(jnp.full((1, 16, JOINTS + 1), 9.0), jnp.asarray(told(False)), pilot.turn), rtol=1e-6)
 
 
 def test_pictures_and_words_matter(actor: Actor) -> None:
