@@ -109,12 +109,10 @@ class StageTwoConfig:
     intents: tuple[str, ...] = ()  # what `blm data features` wrote, one a robot; none: the backbone looks in each step
     changes: ChangesConfig = ChangesConfig()
     instruction_tokens: int = 64  # of the longest instruction
-    jitter: float = 0.0  # by so much of its spread a joint of the state is moved in training, and what is relative to it with it
     only: str = ""  # train the rows of this robot alone: all else of the policy stays as it is
 
     def __post_init__(self) -> None:
         _check(any(not one.held_out for one in self.sets), "stage_two.sets has none to learn from")
-        _check(0 <= self.jitter <= 1, f"stage_two.jitter is {self.jitter}: it is a share of each joint's spread, between 0 and 1")
         _check(not (self.only and self.policy), "stage_two.only trains rows of the base's policy: leave out stage_two.policy")
 
 

@@ -21,9 +21,8 @@ class Clock(NamedTuple):
     which: jax.Array  # [rows or 1, tokens] int32
 
     def of_tokens(self, values: jax.Array) -> jax.Array:
-        """values [rows or 1, times, n], computed once a time -> [rows or 1, tokens or 1, n]."""
-        noise, given = values[:, :1], values[:, 1:]  # a choice and no index: the slope of an index is a scatter, which CPUs are slow at
-        return jnp.where(self.which[..., None] == 1, given, noise) if given.shape[1] else noise
+        """values [rows or 1, times, n], computed once a time -> [rows or 1, tokens, n]."""
+        return jnp.take_along_axis(values, self.which[..., None], axis=1)
 
 
 class TimeEmbedding(nnx.Module):

@@ -179,7 +179,6 @@ def _open_stage_two(run: Run, stage_two: StageTwoConfig, mesh: Mesh, base: Base)
     labels = [one.task or one.path for one in learned]
     tasks = tuple(dict.fromkeys(labels))
     moments.tasks = tuple(tasks.index(label) for label in labels)
-    moments.jitter = stage_two.jitter
     kinds = {"action/task": tasks, "action/robot": policy.robots, "future/robot": policy.robots}
     found = outline(run, mesh, None if cached else backbone, policy, kinds)
     provenance = _provenance(base, found) | {"stage": 2, "intents": list(stage_two.intents)}
@@ -209,7 +208,6 @@ def _open_stage_two(run: Run, stage_two: StageTwoConfig, mesh: Mesh, base: Base)
         "batch": run.batch,
         "mixture": moments.order.mixture.identity,
         "changes": asdict(stage_two.changes),
-        **({"jitter": stage_two.jitter} if stage_two.jitter else {}),
     }
     assets = _assets(base.path) | {"policy.json": json.dumps(contract(files), indent=2, allow_nan=False).encode() + b"\n"}
     # Intents are of pictures as they were changed; pictures that are looked at need not be.

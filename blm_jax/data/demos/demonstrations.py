@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
@@ -28,14 +28,12 @@ from blm_jax.data.demos.observation import Observation
 from blm_jax.data.demos.order import windows
 from blm_jax.data.demos.robots import Robot, action_mask, pad, state_mask
 from blm_jax.data.demos.sets import Episode, check_layout, open_set, read_episode, read_pictures
-from blm_jax.data.demos.statistics import Statistics, affine, encode_actions, encode_state
+from blm_jax.data.demos.statistics import Statistics, encode_actions, encode_state
 from blm_jax.data.demos.survey import Survey
 from blm_jax.data.mixture import Corpus
 from blm_jax.errors import RequestError, RunError
 
 Found = TypeVar("Found")
-
-FAINT = 3.0  # the smallest jitter is e to the power of so much smaller than the largest
 
 
 @dataclass(frozen=True)
@@ -127,18 +125,6 @@ def open_demonstrations(path: epath.PathLike, robot: Robot, survey: Survey, futu
     source = open_set(path)
     check_layout(source, robot)
     return Demonstrations(source, robot, np.array(survey.of(source).actions), future)
-
-
-def jittered(window: Window, robot: Robot, statistics: Statistics, reach: float, random: np.random.Generator) -> Window:
-    """As if the arm had been a little elsewhere, up to `reach` of its joints' spread, and had gone where it went.
-
-    Near what it grasps an expert's arm is always where it should be, and tells a policy as much as the picture does. One that learned to
-    believe the arm never mends what it does wrong.
-    """
-    _, scale = affine(statistics.state, statistics.scheme)
-    far = reach * np.exp(-FAINT * random.random())  # mostly little
-    off = far * scale * random.standard_normal(len(scale)) * [dimension.kind == "joint" for dimension in robot.state]
-    return replace(window, observation=replace(window.observation, state=(window.observation.state + off).astype(np.float32)))
 
 
 def training_rows(

@@ -22,7 +22,7 @@ from blm_jax.batch import IntentRows, Moments, Prompts
 from blm_jax.config import Instruction, PolicyConfig
 from blm_jax.configfile import suggest
 from blm_jax.data.corpora.corpus import reading
-from blm_jax.data.demos.demonstrations import Demonstrations, Window, jittered, training_rows
+from blm_jax.data.demos.demonstrations import Demonstrations, Window, training_rows
 from blm_jax.data.demos.episodes import BadEpisode, Source
 from blm_jax.data.demos.intents import FrameSet, Intents, Plan
 from blm_jax.data.demos.observation import Observation, encode, prompts_of
@@ -215,7 +215,6 @@ class MomentRows:
 
     def __init__(self, views: Sequence[View], order: WindowOrder, statistics: Mapping[str, Statistics], policy: PolicyConfig, batch: int):
         self.views, self.order, self.policy, self.batch = tuple(views), order, policy, batch
-        self.jitter = 0.0  # of the states of what is learned from
         self.tasks = tuple(range(len(self.views)))  # of each view, by which training tells losses apart
         self.statistics = dict(statistics)
 
@@ -228,9 +227,6 @@ class MomentRows:
         view = self.views[which]
         window, seen, future = view.read(index, sight)
         robots = {window.robot: view.demonstrations.robot}
-        if self.jitter:
-            random = generator(self.order.seed, sight)
-            window = jittered(window, robots[window.robot], self.statistics[window.robot], self.jitter, random)
         robot_rows, made = training_rows([window], robots, self.statistics, self.policy)
         return Moments(robot_rows, made, np.array([window.has_future]), seen, future, np.array([self.tasks[which]], np.int32))
 

@@ -17,7 +17,6 @@ from blm_jax.data.demos.demonstrations import training_rows
 from blm_jax.data.demos.intents import Intents
 from blm_jax.data.demos.moments import Augmentation, MomentRows, open_moments
 from blm_jax.data.demos.observation import Observation, intent_tokens, messages_for
-from blm_jax.data.demos.statistics import affine, decode_actions, unnormalise
 from blm_jax.data.loader import Loader
 from blm_jax.data.vision.augment import AugmentConfig
 from blm_jax.data.vision.pixels import levels_of
@@ -103,31 +102,6 @@ def test_a_cached_row_is_its_window(stage: Stage, intents: list[Intents]) -> Non
             else:
                 assert not shown.mask.any() and not shown.hidden.any()
     assert versions == {0, 1}
-
-
-def test_a_jittered_start_leads_where_it_led(stage: Stage, intents: list[Intents]) -> None:
-    """Joints begin elsewhere, and the chunk is still that of the demonstration; the gripper, pictures and futures stay as they are."""
-    plain, rows = (stage.moments(augmentation=TWO, intents=intents) for _ in range(2))
-    rows.jitter = 0.2
-    moved = set()
-    for sight in range(12):
-        step, row = divmod(sight, rows.batch)
-        found, wanted = rows.read(step, row), plain.read(step, row)
-        assert same(found, rows.read(step, row))
-        assert same(found.seen, wanted.seen) and same(found.future, wanted.future) and found.has_future == wanted.has_future
-        robot = rows.views[rows.order[sight][0]].demonstrations.robot
-        numbers = stage.statistics[robot.name]
-        begun = [unnormalise(one.robots.state[0, : len(robot.state)], numbers.state, numbers.scheme) for one in (found, wanted)]
-        chunks = [one.chunks.actions[0, : robot.horizon, : len(robot.action)] for one in (found, wanted)]
-        led = [decode_actions(chunk, begin, numbers, robot) for chunk, begin in zip(chunks, begun, strict=True)]
-        real = found.chunks.mask[0, : robot.horizon, : len(robot.action)]
-        np.testing.assert_array_equal(found.chunks.mask, wanted.chunks.mask)
-        np.testing.assert_allclose(led[0][real], led[1][real], atol=1e-5)
-        joints = np.array([dimension.kind == "joint" for dimension in robot.state]) & (affine(numbers.state, numbers.scheme)[1] > 0)
-        np.testing.assert_array_equal(begun[0][~joints], begun[1][~joints])
-        assert np.all(begun[0][joints] != begun[1][joints])
-        moved.add(float(np.abs(found.robots.state - wanted.robots.state).max()))
-    assert len(moved) == 12 and 0.02 < max(moved) < 5 * 0.2
 
 
 def test_what_changes_pictures(stage: Stage) -> None:

@@ -2,8 +2,8 @@
 
 Only what succeeded is kept, up to half a second after it had; what failed is tried again with other beginnings. Half of the recordings
 begin in the midst of an episode, right after a jolt: from where no expert goes, they show the way on, and cost no pictures of
-what came before. Pictures are most of the time that it takes, and those of one episode all show the same places: for the same time,
-short recordings of many episodes teach to see more (`longest`).
+what came before. Pictures are most of the time that it takes, and those of one episode show the same places: `longest` records parts
+of more episodes in the same time.
 """
 
 from __future__ import annotations
