@@ -267,6 +267,7 @@ class RldsWriter:
             metadata=tfds.core.MetadataDict({HZ: robot.hz, "robot": robot.name}),
         )
         self._writer = tfds.core.SequentialWriter(info, max_examples_per_shard=SHARD, file_format="array_record")  # type: ignore[arg-type]
+        self._writer._serializer = _steady(info.features)
         self._writer.initialize_splits(["train"])
 
     def add(self, recording: Recording) -> None:
@@ -293,6 +294,17 @@ class RldsWriter:
 
     def close(self) -> None:
         self._writer.close_all()
+
+
+def _steady(features: Any) -> Any:
+    """What writes the same episode as the same bytes in every process: a set's identity is of its bytes, and orders a run."""
+    from tensorflow_datasets.core import ExampleSerializer
+
+    class Steady(ExampleSerializer):
+        def serialize_example(self, example: Any) -> bytes:
+            return self.get_tf_example(example).SerializeToString(deterministic=True)
+
+    return Steady(features.get_serialized_info())
 
 
 def _png(picture: np.ndarray) -> bytes:

@@ -17,6 +17,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from PIL import Image
 from tensorflow_datasets.core import dataset_info
+from tensorflow_datasets.proto import tf_example_pb2
 
 from blm_jax.data.demos.demonstrations import open_demonstrations
 from blm_jax.data.demos.episodes import BadEpisode
@@ -140,6 +141,17 @@ def test_what_is_written_tensorflow_datasets_reads(tmp_path: Path) -> None:
             assert one["language_instruction"].decode() == recording.instruction
             if i < len(recording.action):
                 np.testing.assert_array_equal(one["action"], recording.action[i])
+
+
+def test_the_same_is_written_as_the_same_bytes(tmp_path: Path) -> None:
+    """Proto's maps have no order of their own: each process would write another, and its runs another order of moments."""
+    write(tmp_path / "ours", SMALL, LENGTHS)
+    (shard,) = (tmp_path / "ours").glob("*.array_record*")
+    reader = ArrayRecordReader(str(shard))
+    records = [reader.read([number])[0] for number in range(reader.num_records())]
+    assert len(records) == len(LENGTHS)
+    for record in records:
+        assert tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True) == record
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
