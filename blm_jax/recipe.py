@@ -81,10 +81,12 @@ class StageOneConfig:
     row_length: int | None = None  # patches of a vision row; None takes what fills rows best
     changes: ChangesConfig = ChangesConfig()
     lora: LoraConfig | None = None
+    kept_blocks: int = 0  # of the decoder's first ones, which stay as they are
     held_out: dict[str, str] = field(default_factory=dict)  # corpora whose loss is told, and not learned from
 
     def __post_init__(self) -> None:
         _check(self.length >= 1, f"length is {self.length}: a row has at least one token")
+        _check(self.kept_blocks >= 0, f"kept_blocks is {self.kept_blocks}: it must be 0, which keeps none, or more")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ from blm_jax.train.select import Tree, rates, split
 from blm_jax.train.stages import Stage, StageOne, StageTwo
 from blm_jax.train.step import Evaluation, State, Step, abstract, make_evaluation, make_step
 from blm_jax.weights.adapters import ADAPTER
-from blm_jax.weights.names import leaves
+from blm_jax.weights.names import Path, leaves, nested
+
+BLOCKS = ("decoder", "blocks")  # stacked parameters: a row a block
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,24 @@ def _stage_one(run: Run, mesh: Mesh, backbone: BackboneConfig, parts: int, kinds
     head = "decoder.embed.embedding" if backbone.decoder.tied else "decoder.head.kernel"
     compute = run.hardware.compute
     stage = StageOne(backbone, compute, lora, rate_of[head] > 0, len(kinds.get("corpus", ())))
-    optimizer = make_optimizer(run.optimizer, run.steps, rate_of)
+    optimizer = make_optimizer(run.optimizer, run.steps, rate_of, _moving(trained, stage_one.kept_blocks, backbone.decoder.layers))
     frozen = _as_computed(frozen, compute.dtype)
     return Outline(run, mesh, stage, backbone, None, trained, frozen, None, rate_of, optimizer, parts, kinds)
+
+
+def _moving(trained: Tree, kept: int, layers: int) -> Tree | None:
+    """Of each parameter a bool, or one a block where blocks are stacked: whether it may move."""
+    if not kept:
+        return None
+    if kept >= layers:
+        raise RequestError(f"stage_one.kept_blocks is {kept}: the decoder has {layers} blocks, and one at least has to learn")
+
+    def moves(path: Path, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[: len(BLOCKS)] != BLOCKS:
+            return np.array(True)
+        return np.arange(layers).reshape(-1, *(1,) * (len(leaf.shape) - 1)) >= kept
+
+    return nested({path: moves(path, leaf) for path, leaf in leaves(trained)})
 
 
 def _stage_two(

@@ -18,9 +18,13 @@ from blm_jax.cli import main
 from blm_jax.config import HardwareConfig, MeshConfig
 from blm_jax.errors import RequestError, RunError
 from blm_jax.recipe import CheckpointConfig, EvaluationConfig, ModuleConfig, OptimizerConfig, Run
+from blm_jax.models.mllm import abstract_params
 from blm_jax.train.command import train_run
 from blm_jax.train.select import rates
 from blm_jax.weights.fingerprint import fingerprint
+from blm_jax.weights.load import load_params
+from blm_jax.weights.names import leaves
+from blm_jax.weights.source import read_config
 from tests.conftest import ROOT
 from tests.train.worlds import OWN, World, make_world, rows_of, write
 
@@ -151,7 +155,8 @@ def test_stage_one_learns_what_is_not_frozen(world: World, tmp_path: Path) -> No
     optimizer = OptimizerConfig(rate=3e-3, modules=modules)
     run = world.stage_one(tmp_path / "run", optimizer=optimizer, evaluation=EvaluationConfig(every=4, batches=2))
     assert run.stage_one is not None
-    run = replace(run, stage_one=replace(run.stage_one, held_out=run.stage_one.corpora), checkpoints=CheckpointConfig(best="held_out/loss"))
+    stage_one = replace(run.stage_one, held_out=run.stage_one.corpora, kept_blocks=1)
+    run = replace(run, stage_one=stage_one, checkpoints=CheckpointConfig(best="held_out/loss"))
     result = train_run(run)
     told = losses_of(tmp_path / "run", "loss")
     assert result["step"] == 8 and told[8] < told[1] - 1
@@ -161,6 +166,17 @@ def test_stage_one_learns_what_is_not_frozen(world: World, tmp_path: Path) -> No
     assert f"corpus/{world.folder / 'corpus'}" in rows[0]
     kept = arrays(tmp_path / "run" / "checkpoints" / "8")["params"]
     assert not [path for path in kept if path.startswith("vision.")] and [path for path in kept if path.startswith("decoder.")]
+    after = blocks_of(str(tmp_path / "run"))
+    for path, before in blocks_of(world.model).items():
+        np.testing.assert_array_equal(after[path][0], before[0])
+        assert (after[path][1] != before[1]).any(), path
+    with pytest.raises(RequestError, match="kept_blocks is 2: the decoder has 2 blocks, and one at least has to learn"):
+        train_run(replace(run, out=str(tmp_path / "none"), stage_one=replace(stage_one, kept_blocks=2)))
+
+
+def blocks_of(model: str) -> dict[tuple[str, ...], np.ndarray]:
+    params = load_params(model, abstract_params(read_config(model)))
+    return {path: np.asarray(leaf) for path, leaf in leaves(params["decoder"]["blocks"])}
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------------
