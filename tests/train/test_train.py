@@ -17,8 +17,8 @@ import pytest
 from blm_jax.cli import main
 from blm_jax.config import HardwareConfig, MeshConfig
 from blm_jax.errors import RequestError, RunError
-from blm_jax.recipe import CheckpointConfig, EvaluationConfig, ModuleConfig, OptimizerConfig, Run
 from blm_jax.models.mllm import abstract_params
+from blm_jax.recipe import CheckpointConfig, EvaluationConfig, ModuleConfig, OptimizerConfig, Run
 from blm_jax.train.command import train_run
 from blm_jax.train.select import rates
 from blm_jax.weights.fingerprint import fingerprint

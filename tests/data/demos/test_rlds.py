@@ -150,8 +150,8 @@ def test_the_same_is_written_as_the_same_bytes(tmp_path: Path) -> None:
     reader = ArrayRecordReader(str(shard))
     records = [reader.read([number])[0] for number in range(reader.num_records())]
     assert len(records) == len(LENGTHS)
-    for record in records:
-        assert tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True) == record
+    for written in records:
+        assert tf_example_pb2.Example.FromString(written).SerializeToString(deterministic=True) == written
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
