@@ -41,13 +41,10 @@ def fitted(
         return optax.apply_updates(state, updates), moments, told
 
     draw, log = np.random.default_rng(seed), []
-    bar = tqdm(range(steps), unit=" steps", desc=what, disable=None)
-    for number in bar:
+    for number in tqdm(range(steps), unit=" steps", desc=what, disable=None):
         state, moments, told = step(state, moments, fixed, batch(draw))
         if (number + 1) % TOLD == 0:
-            losses = {name: float(value) for name, value in told.items()}
-            log.append({"step": number + 1, **losses})
-            bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()}, refresh=False)
+            log.append({"step": number + 1, **{name: float(value) for name, value in told.items()}})
     return state, log
 
 
