@@ -41,10 +41,13 @@ def fitted(
         return optax.apply_updates(state, updates), moments, told
 
     draw, log = np.random.default_rng(seed), []
-    for number in tqdm(range(steps), unit=" steps", desc=what, disable=None):
+    bar = tqdm(range(steps), unit=" steps", desc=what, disable=None)
+    for number in bar:
         state, moments, told = step(state, moments, fixed, batch(draw))
         if (number + 1) % TOLD == 0:
-            log.append({"step": number + 1, **{name: float(value) for name, value in told.items()}})
+            losses = {name: float(value) for name, value in told.items()}
+            log.append({"step": number + 1, **losses})
+            bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()}, refresh=False)
     return state, log
 
 
