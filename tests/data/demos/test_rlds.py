@@ -146,12 +146,13 @@ def test_what_is_written_tensorflow_datasets_reads(tmp_path: Path) -> None:
 def test_the_same_is_written_as_the_same_bytes(tmp_path: Path) -> None:
     """Proto's maps have no order of their own: each process would write another, and its runs another order of moments."""
     write(tmp_path / "ours", SMALL, LENGTHS)
+    example: Any = tf_example_pb2  # whose classes are made when it is imported
     (shard,) = (tmp_path / "ours").glob("*.array_record*")
     reader = ArrayRecordReader(str(shard))
     records = [reader.read([number])[0] for number in range(reader.num_records())]
     assert len(records) == len(LENGTHS)
     for written in records:
-        assert tf_example_pb2.Example.FromString(written).SerializeToString(deterministic=True) == written
+        assert example.Example.FromString(written).SerializeToString(deterministic=True) == written
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
