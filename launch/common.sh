@@ -75,28 +75,37 @@ train_command() {
   fi
 }
 
+# Pass a signal on to the command of run_with_restarts, if there is one yet.
+stop_child() {
+  stopped=$1
+  [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null || true
+  told=$child
+}
+
 # Run a command, again and again while it fails on the way: training goes on from its last checkpoint.
 # Exit code 2 is a wrong request, which stays wrong; who stops this script stops the command, and that is the end.
 run_with_restarts() {
-  local try=0 code stopped=no child
+  local try=0 code stopped=no child= told=
   if [ "$dry_run" = yes ]; then
     quoted "$@"
     printf '\n'
     return
   fi
   set -m # a background command without it would not hear Ctrl-C
+  # Before there is a run: a signal that comes between its start and a trap would be lost.
+  trap 'stop_child TERM' TERM
+  trap 'stop_child INT' INT
   while :; do
     "$@" </dev/null &
     child=$!
-    trap 'stopped=yes; kill -TERM "$child" 2>/dev/null' TERM
-    trap 'stopped=yes; kill -INT "$child" 2>/dev/null' INT
+    [ "$stopped" = no ] || [ "$told" = "$child" ] || stop_child "$stopped"
     code=0
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do # a signal ended the waiting, not the command
       code=0
       wait "$child" || code=$?
     done
-    if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ "$stopped" = yes ] || [ "$try" -ge "$restarts" ]; then
+    if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ "$stopped" != no ] || [ "$try" -ge "$restarts" ]; then
       exit "$code"
     fi
     try=$((try + 1))
