@@ -267,7 +267,7 @@ class RldsWriter:
             metadata=tfds.core.MetadataDict({HZ: robot.hz, "robot": robot.name}),
         )
         self._writer = tfds.core.SequentialWriter(info, max_examples_per_shard=SHARD, file_format="array_record")  # type: ignore[arg-type]
-        self._writer._serializer = _steady(info.features)
+        self._writer._serializer = _steady(info.features)  # it takes none from outside
         self._writer.initialize_splits(["train"])
 
     def add(self, recording: Recording) -> None:
