@@ -38,7 +38,7 @@ CONFIGURED = ("base", "stage_one", "stage_two")
 class Sizes:
     """How much of everything."""
 
-    things: int = 20_000  # scenes that the base looks at
+    things: int = 12_000  # scenes that the base looks at
     words: int = 4000  # sentences that it reads
     scenes: int = 6000  # asked about, to learn from
     tests: int = 300  # scenes that only the test asks about

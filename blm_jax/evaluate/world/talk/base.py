@@ -70,7 +70,7 @@ def write_finding(path: epath.PathLike, seed: int = 0) -> dict[str, Log]:
     params, seeing = eyes.learn(drawn(config, seed), config, PIXELS, known, seed)
     params, found = finding.learn(looking(params, config), config, engine_of(words), known, seed)
     write_new_model(path, config, params, assets)
-    return {"eyes": seeing, "finding": found}
+    return {"eyes": seeing, **found}
 
 
 def engine_of(words: Tokenizer) -> PromptEngine:
@@ -124,12 +124,12 @@ def config_of(words: Tokenizer) -> BackboneConfig:
     decoder = DecoderConfig(
         layers=5,
         width=width,
-        heads=2,
-        kv_heads=2,
+        heads=4,
+        kv_heads=4,
         ffn=3 * width,
         vocab=-(-words.get_vocab_size() // 64) * 64,
         rope_theta=1e6,
-        mrope_section=(8, 12, 12),
+        mrope_section=(4, 6, 6),
         max_positions=4096,
         tied=True,
     )

@@ -24,18 +24,19 @@ from blm_jax.batch import VisionRows
 from blm_jax.config import BackboneConfig, ComputeConfig
 from blm_jax.data.vision.pixels import PixelConfig, cut_patches, levels_of
 from blm_jax.evaluate.world import render
+from blm_jax.evaluate.world.scene import BODIES
 from blm_jax.evaluate.world.talk.fitting import Log, fitted, label_loss, mean_where
 from blm_jax.evaluate.world.talk.questions import GRID
-from blm_jax.evaluate.world.talk.stills import NOUNS, Still, stills
+from blm_jax.evaluate.world.talk.stills import LOOSE, NOUNS, Still, stills
 from blm_jax.evaluate.world.tasks import COLOURS
 from blm_jax.evaluate.world.view import CAMERAS, SIZE
 from blm_jax.models.layers import around
 from blm_jax.models.vision import VisionTower
 
 REACH = 0.25  # metres that x and y are divided by
-SCENES, BATCH, EPOCHS = 16_000, 32, 5
-PLACE = 5  # a thing's places in picture and world
-MEASURED = PLACE + 2 + 2  # which way a cube is turned; the cell's own place
+SCENES, BATCH, EPOCHS = 16_000, 32, 8
+PLACE, EXACT = 5, 10  # a thing's places in picture and world; how much more the first count, which one picture tells
+MOST = BODIES + LOOSE + 2  # of all that is shown, with a mark and a fork
 FARTHEST = 35  # centimetres along x, y and z that there are words for
 MARK, TIP = len(NOUNS), len(NOUNS) + 1  # what counts as nouns beside those of things: a mark, and what a fork holds between its tips
 PALM = np.array([0, 0, 0.06])  # where a fork is seen, from its tips: there may be a thing between those
@@ -56,16 +57,20 @@ class Spoken(NamedTuple):
         return self.columns, self.rows, self.centimetres, self.centimetres, self.centimetres
 
 
-class Seen(NamedTuple):
-    """What is true of the cells of pictures, [pictures, cells] each."""
+class Meant(NamedTuple):
+    """What is true of the things in the cells of pictures, [pictures, cells] each."""
 
+    colour: Any  # -1 where there is none
+    noun: Any
+    place: Any  # [pictures, cells, PLACE] in the picture, from -1 to 1, and in the world, in REACH
+    turn: Any  # [pictures, cells, 2] cosine and sine of a cube's, four times; zeros for all else
+    numbers: Any  # [pictures, cells, NUMBERS] words for its column and row, in the first picture, and its x, y and z
+
+
+class Seen(NamedTuple):
     pictures: np.ndarray  # [pictures, size, size, 3] uint8; where they are learned from, patches [pictures, patches, values]
-    there: np.ndarray  # bool: the middle of a thing or of a mark, or a fork's tips
-    colour: np.ndarray  # -1 where there is none
-    noun: np.ndarray
-    place: np.ndarray  # [pictures, cells, PLACE] in the picture, from -1 to 1, and in the world, in REACH
-    turn: np.ndarray  # [pictures, cells, 2] cosine and sine of a cube's, four times; zeros for all else
-    numbers: np.ndarray  # [pictures, cells, NUMBERS] words for its column and row, in the first picture, and its x, y and z
+    there: np.ndarray  # [pictures, cells] bool: the middle of a thing or of a mark, or a fork's tips
+    meant: Meant
 
 
 def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, spoken: Spoken, seed: int) -> tuple[dict[str, Any], Log]:
@@ -76,7 +81,7 @@ def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, s
     own = np.stack(np.meshgrid(*2 * [(np.arange(side) + 0.5) * 2 / side - 1], indexing="ij"), axis=-1).reshape(cells, 2).astype(np.float32)
     views, steps = len(CAMERAS), EPOCHS * SCENES // BATCH
     width = config.vision.out_width
-    sizes = {"measured": MEASURED} | dict.fromkeys(NUMBERS, width)
+    sizes = {"measured": PLACE + 2, "own": 2} | dict.fromkeys(NUMBERS, width)
     heads: dict[str, Any] = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
     heads["there"] = {"bias": jnp.zeros(())}
     state = {"tower": params["vision"], "words": params["decoder"]["embed"]["embedding"], "heads": heads}
@@ -85,7 +90,7 @@ def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, s
     def batch(draw: np.random.Generator) -> Seen:
         scenes = draw.choice(SCENES, BATCH, replace=False)
         rows = (scenes[:, None] * views + np.arange(views)).ravel()
-        some = Seen(*(part[rows] for part in seen))
+        some = jax.tree.map(lambda part: part[rows], seen)
         return some._replace(pictures=np.stack([cut_patches(picture[None], pixels) for picture in some.pictures]))
 
     state, log = fitted(loss, state, None, batch, steps, seed, "eyes")
@@ -99,7 +104,7 @@ def _gathered(scenes: Iterator[Still], side: int) -> Seen:
     for still in tqdm(scenes, total=SCENES, unit=" scenes", desc="scenes", disable=None):
         for camera, picture in zip(CAMERAS.values(), still.pictures, strict=True):
             parts.append(_cells(still, camera, picture, side))
-    return Seen(*(np.stack(part) for part in zip(*parts, strict=True)))
+    return jax.tree.map(lambda *some: np.stack(some), *parts)
 
 
 def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) -> Seen:
@@ -114,7 +119,7 @@ def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) 
         each = all_of[owner[cell]]
         there[cell], colour[cell], noun[cell], turn[cell], numbers[cell] = True, each.colour, each.noun, each.turn, each.numbers
         place[cell] = *(2 * found[owner[cell]] / SIZE - 1), *(each.position / REACH)
-    return Seen(picture, there, colour, noun, place, turn, numbers)
+    return Seen(picture, there, Meant(colour, noun, place, turn, numbers))
 
 
 class Facts(NamedTuple):
@@ -163,27 +168,43 @@ def _loss(
     tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=nnx.Rngs(0)), state["tower"])
     tokens = tower(rows_of(jnp.asarray(seen.pictures), levels, config.vision.merge))
     heads, words = state["heads"], state["words"]
-    said = {name: tokens @ heads[name]["kernel"] + heads[name]["bias"] for name in ("measured", *NUMBERS)}
-    place, turn, own_place = jnp.split(said["measured"], [PLACE, PLACE + 2], axis=-1)
     exists = tokens @ words[config.tokens.image] + heads["there"]["bias"]
-    there = jnp.asarray(seen.there, jnp.float32)
+    everywhere = {
+        "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists, jnp.asarray(seen.there, jnp.float32))),
+        "own": jnp.mean(jnp.abs(_layer(heads["own"], tokens) - own)),
+    }
 
-    def in_words(token: jax.Array, choices: np.ndarray, meant: np.ndarray) -> jax.Array:
+    there, cells = jax.lax.top_k(jnp.asarray(seen.there, jnp.float32), MOST)
+
+    def of_things(part: Any) -> jax.Array:
+        """Of the few cells that show the middle of anything: all else is asked of those alone."""
+        part = jnp.asarray(part)
+        return jnp.take_along_axis(part, cells.reshape(*cells.shape, *(1,) * (part.ndim - 2)), axis=1)
+
+    tokens, meant = of_things(tokens), Meant(*(of_things(part) for part in seen.meant))
+    place, turn = jnp.split(_layer(heads["measured"], tokens), [PLACE], axis=-1)
+
+    def in_words(token: jax.Array, choices: np.ndarray, meant: jax.Array) -> jax.Array:
         return label_loss(there, token @ words[choices].T, meant)
 
     numbers = zip(NUMBERS, spoken.of_numbers(), strict=True)
-    off = jnp.abs(place - seen.place)
-    parts = {
-        "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists, there)),
-        "colour": jnp.mean(jnp.stack([in_words(tokens, choices, seen.colour) for choices in spoken.colours])),
-        "noun": jnp.mean(jnp.stack([in_words(tokens, choices, seen.noun) for choices in spoken.nouns])),
-        "numbers": jnp.mean(jnp.stack([in_words(said[name], choices, seen.numbers[..., i]) for i, (name, choices) in enumerate(numbers)])),
-        "place": PLACE * mean_where(there, jnp.mean(off, axis=-1)),
-        "turn": mean_where(jnp.any(jnp.asarray(seen.turn) != 0, axis=-1), jnp.mean(jnp.abs(turn - seen.turn), axis=-1)),
-        "own": jnp.mean(jnp.abs(own_place - own)),
+    off = jnp.abs(place - meant.place)
+    in_picture, in_world = jnp.sum(off[..., :2], axis=-1), jnp.sum(off[..., 2:], axis=-1)
+    parts = everywhere | {
+        "colour": jnp.mean(jnp.stack([in_words(tokens, choices, meant.colour) for choices in spoken.colours])),
+        "noun": jnp.mean(jnp.stack([in_words(tokens, choices, meant.noun) for choices in spoken.nouns])),
+        "numbers": jnp.mean(
+            jnp.stack([in_words(_layer(heads[name], tokens), choices, meant.numbers[..., i]) for i, (name, choices) in enumerate(numbers)])
+        ),
+        "place": mean_where(there, EXACT * in_picture + in_world),
+        "turn": mean_where(there * jnp.any(meant.turn != 0, axis=-1), jnp.mean(jnp.abs(turn - meant.turn), axis=-1)),
     }
-    told = {**parts, "off_cm": 100 * REACH * mean_where(there, jnp.mean(off[..., 2:], axis=-1))}
+    told = {**parts, "off_cm": 100 * REACH / 3 * mean_where(there, in_world), "off_px": SIZE / 4 * mean_where(there, in_picture)}
     return sum(parts.values(), jnp.float32(0)), told
+
+
+def _layer(head: Any, x: jax.Array) -> jax.Array:
+    return x @ head["kernel"] + head["bias"]
 
 
 def rows_of(patches: jax.Array, levels: Any, merge: int) -> VisionRows:

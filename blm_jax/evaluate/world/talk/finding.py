@@ -3,7 +3,8 @@ named before.
 
 All questions about things, and all tasks that name one, need this first. Sentences alone teach it slowly: that a name is to look for a
 thing shows only in the words that follow it, if any. Here each name says for itself where the thing is, and its look is told where to go,
-so that the first blocks of the decoder learn in minutes what takes hours otherwise. Eyes and words stay as they are.
+so that the first blocks of the decoder learn in minutes what takes hours otherwise. Each camera has a head that looks into its picture: a
+head that looks into both would mix what they say, and only both together tell a place. Eyes and words stay as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,15 +39,15 @@ from blm_jax.models.layers import around, unstack
 from blm_jax.models.rope import text_rotary
 from blm_jax.models.vision import VisionTower
 
-BLOCKS = 3  # of the decoder: the first binds a colour to its noun
-LOOKS, COMPARES = 1, 2  # blocks that look at what is named, and that compare it with what was named before
-LOOKING, BACK = -1, 0  # the head that looks at things, and that which looks back
-SCENES, ROWS, EPOCHS = 12_000, 32, 3
+LOOKS, COMPARES = 1, 2  # blocks that look at what is named, and that compare it with what was named before; the first binds a colour
+LOOKING, BACK = (2, 3), 0  # the heads that look at things, one a camera, and that which looks back
+SCENES, ROWS, EPOCHS, COMPARING = 12_000, 32, 5, 1  # epochs of looking, and of comparing
 LENGTH, NAMES = 80, 20  # tokens of a text, and names in it, at most
 COUNTED = 6  # things of a kind, at most
 ABOUT_NAMES = tuple(kind for kind in WORDINGS if kind not in ("goal", "tip", "count", "colour", "shape", "robot", "success"))
 RELATIONS = 3  # whether a thing is further left than the one before, in front of it, and in the fork
 WORLD, TURN = 3, 2  # numbers of a place and of how a cube is turned
+EXACT = 5  # how much more places count than all else: a policy lives on them
 BETWEEN = (" ", "\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n")
 
 _COLOURS, _NOUNS = "|".join(tasks.COLOURS), "|".join(NOUNS)
@@ -58,7 +60,7 @@ class Named(NamedTuple):
 
     token: np.ndarray  # the last one of the name
     one: np.ndarray  # float32, 1 where it is a thing or a mark
-    looks: np.ndarray  # [..., visual tokens] float32 that show it, of sum 1, or zeros
+    looks: np.ndarray  # [..., cameras, tokens of its picture] float32, 1 where it is shown, or zeros
     colour: np.ndarray  # int32, -1 where there is none
     noun: np.ndarray
     place: np.ndarray  # [..., WORLD] in the world, in REACH
@@ -77,7 +79,9 @@ class Told(NamedTuple):
     named: Named
 
 
-def learn(params: dict[str, Any], config: BackboneConfig, engine: PromptEngine, spoken: Spoken, seed: int) -> tuple[dict[str, Any], Log]:
+def learn(
+    params: dict[str, Any], config: BackboneConfig, engine: PromptEngine, spoken: Spoken, seed: int
+) -> tuple[dict[str, Any], dict[str, Log]]:
     """A model's parameters after it, of which the decoder's first blocks are others, and the losses on the way."""
     told = _gathered(params, config, engine, seed)
     blank = np.zeros((SIZE, SIZE, 3), np.uint8)
@@ -85,35 +89,44 @@ def learn(params: dict[str, Any], config: BackboneConfig, engine: PromptEngine, 
     ends = int(np.flatnonzero(begun.tokens == config.tokens.vision_end)[-1]) + 1
     start = begun.tokens[:ends], begun.positions[:, :ends]
 
-    first, rest = _cut(params["decoder"]["blocks"])
     width = config.decoder.width
-    sizes = {"measured": WORLD + TURN, "count": COUNTED + 1, "more": RELATIONS, **dict.fromkeys(("colour", "noun", *NUMBERS), width)}
-    heads = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
-    fixed = {"decoder": {name: part for name, part in params["decoder"].items() if name != "blocks"}, "rest": rest}
+    fixed = {name: part for name, part in params["decoder"].items() if name != "blocks"}
 
     def batch(draw: np.random.Generator) -> Told:
         rows = draw.choice(len(told.tokens), ROWS, replace=False)
         return jax.tree.map(lambda part: part[rows], told)
 
-    loss = partial(_loss, config=config, start=start, spoken=spoken)
-    state, log = fitted(loss, {"blocks": first, "heads": heads}, fixed, batch, EPOCHS * SCENES // ROWS, seed, "finding")
-    return {**params, "decoder": {**params["decoder"], "blocks": _joined(state["blocks"], rest)}}, log
+    def learned(loss: Any, blocks: Any, first: int, sizes: dict[str, int], epochs: int, what: str) -> tuple[Any, Log]:
+        """`blocks` of which one part, from the `first` on, has become good at it."""
+        before, own, after = _cut(blocks, 0, first), _cut(blocks, first, loss.keywords["last"] + 1), _cut(blocks, loss.keywords["last"] + 1)
+        heads = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
+        others = {"decoder": fixed, "before": before, "after": after}
+        state, log = fitted(loss, {"blocks": own, "heads": heads}, others, batch, epochs * SCENES // ROWS, seed, what)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), before, state["blocks"], after), log
+
+    known = {"config": config, "start": start}
+    sizes = {"measured": WORLD + TURN, **dict.fromkeys(("colour", "noun", *NUMBERS), width)}
+    blocks, log = learned(partial(_finds, last=LOOKS, spoken=spoken, **known), params["decoder"]["blocks"], 0, sizes, EPOCHS, "finding")
+    sizes = {"count": COUNTED + 1, "more": RELATIONS}
+    blocks, more = learned(partial(_compares, last=COMPARES, **known), blocks, COMPARES, sizes, COMPARING, "comparing")
+    return {**params, "decoder": {**params["decoder"], "blocks": blocks}}, {"finding": log, "comparing": more}
 
 
-def _cut(blocks: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return jax.tree.map(lambda leaf: leaf[:BLOCKS], blocks), jax.tree.map(lambda leaf: leaf[BLOCKS:], blocks)
+def _cut(blocks: dict[str, Any], first: int, end: int | None = None) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: leaf[first:end], blocks)
 
 
-def _joined(first: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), first, rest)
+class _Read(NamedTuple):
+    """What names hold after a block, and where they look in it."""
+
+    held: jax.Array  # [rows, names, width], of one size
+    looks: Callable[[int, Any], jax.Array]  # of a head, at some tokens: log [rows, names, tokens]
 
 
-def _loss(
-    state: Any, fixed: Any, told: Told, *, config: BackboneConfig, start: tuple[np.ndarray, np.ndarray], spoken: Spoken
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    params = {**fixed["decoder"], "blocks": _joined(state["blocks"], fixed["rest"])}
-    model = around(lambda: Decoder(config.decoder, ComputeConfig(), rngs=nnx.Rngs(0)), params)
-    named, words = told.named, params["embed"]["embedding"]
+def _read(state: Any, fixed: Any, told: Told, last: int, config: BackboneConfig, start: tuple[np.ndarray, np.ndarray]) -> _Read:
+    """All tokens up to the `last` block, and in that the names alone, as nothing comes after it."""
+    blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), fixed["before"], state["blocks"], fixed["after"])
+    model = around(lambda: Decoder(config.decoder, ComputeConfig(), rngs=nnx.Rngs(0)), {**fixed["decoder"], "blocks": blocks})
     rows, (begun, places) = len(told.tokens), start
     tokens = jnp.concatenate([jnp.broadcast_to(begun, (rows, len(begun))), told.tokens], axis=1)
     own = places.max() + 1 + np.broadcast_to(np.arange(LENGTH), (3, LENGTH))
@@ -121,52 +134,60 @@ def _loss(
     visual = np.flatnonzero(begun == config.tokens.image)
     x = model.embed(tokens).at[:, visual].set(told.seen.astype(jnp.float32))
     rotary, segments = text_rotary(positions, config.decoder), jnp.ones(tokens.shape, jnp.int32)
-    at, before = len(begun) + named.token, len(begun) + jnp.maximum(named.before, 0)
+    *first, block = unstack(model.blocks)[: last + 1]
+    for earlier in first:
+        x, _ = earlier(x, rotary, segments)
+    q, k, v = block.project(x, rotary)
+    at = len(begun) + told.named.token
+    x, q = jnp.take_along_axis(x, at[..., None], axis=1), jnp.take_along_axis(q, at[..., None, None], axis=1)
+    scores = jnp.einsum("rnhd,rshd->rnhs", q, k) * q.shape[-1] ** -0.5
+    scores = jax.nn.log_softmax(jnp.where(jnp.arange(tokens.shape[1]) <= at[..., None, None], scores, -jnp.inf), axis=-1)
+    x = block.finish(x, jnp.einsum("rnhs,rshd->rnhd", jnp.exp(scores), v))
+    held = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.decoder.norm_eps)
+    return _Read(held, lambda head, some: scores[:, :, head][..., some])
 
-    def of_names(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, at[..., None], axis=1)
 
-    def looks(q: jax.Array, k: jax.Array, head: int) -> jax.Array:
-        """Where a head's names look, [rows, names, tokens], log."""
-        scores = jnp.einsum("rnd,rsd->rns", of_names(q[:, :, head]), k[:, :, head]) * q.shape[-1] ** -0.5
-        return jax.nn.log_softmax(jnp.where(jnp.arange(tokens.shape[1]) <= at[..., None], scores, -jnp.inf), axis=-1)
-
-    held: list[jax.Array] = []
-    look: list[tuple[jax.Array, jax.Array]] = []
-    for block in unstack(model.blocks)[:BLOCKS]:
-        q, k, _ = block.project(x, rotary)
-        look.append((q, k))
-        x, _ = block(x, rotary, segments)
-        h = of_names(x)
-        held.append(h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + config.decoder.norm_eps))
-    scores = looks(*look[LOOKS], LOOKING)[..., visual]
-    back = jnp.take_along_axis(looks(*look[COMPARES], BACK), before[..., None], axis=-1)[..., 0]
-    said = {
-        name: held[COMPARES if name in ("count", "more") else LOOKS] @ head["kernel"] + head["bias"]
-        for name, head in state["heads"].items()
-    }
+def _finds(
+    state: Any, fixed: Any, told: Told, *, last: int, config: BackboneConfig, start: tuple[np.ndarray, np.ndarray], spoken: Spoken
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    read, named, words = _read(state, fixed, told, last, config, start), told.named, fixed["decoder"]["embed"]["embedding"]
+    said = {name: read.held @ head["kernel"] + head["bias"] for name, head in state["heads"].items()}
     place, turn = jnp.split(said["measured"], [WORLD], axis=-1)
 
     def in_words(name: str, choices: np.ndarray, meant: Any) -> jax.Array:
         return label_loss(named.one, said[name] @ words[choices].T, meant)
 
+    of_camera = np.flatnonzero(start[0] == config.tokens.image).reshape(len(LOOKING), -1)
+    scores = jnp.stack([read.looks(head, some) for head, some in zip(LOOKING, of_camera, strict=True)], axis=2)
     numbers = zip(NUMBERS, spoken.of_numbers(), strict=True)
     off = jnp.abs(place - named.place)
     hit = jnp.take_along_axis(named.looks, jnp.argmax(scores, axis=-1)[..., None], axis=-1)[..., 0] > 0
     shown = named.looks.sum(axis=-1)
     parts = {
-        "looks": -mean_where(shown, jnp.sum(jnp.where(named.looks > 0, scores * named.looks, 0), axis=-1)),
+        "looks": -mean_where(shown, jnp.sum(jnp.where(named.looks > 0, scores, 0), axis=-1)),
         "colour": in_words("colour", spoken.colours[1], named.colour),
         "noun": in_words("noun", spoken.nouns[1], named.noun),
         "numbers": jnp.mean(jnp.stack([in_words(name, choices, named.numbers[..., i]) for i, (name, choices) in enumerate(numbers)])),
-        "place": WORLD * mean_where(named.one, jnp.mean(off, axis=-1)),
+        "place": EXACT * mean_where(named.one, jnp.sum(off, axis=-1)),
         "turn": mean_where(jnp.any(named.turn != 0, axis=-1), jnp.mean(jnp.abs(turn - named.turn), axis=-1)),
+    }
+    losses = {**parts, "off_cm": 100 * REACH * mean_where(named.one, jnp.mean(off, axis=-1)), "hit": mean_where(shown, hit)}
+    return sum(parts.values(), jnp.float32(0)), losses
+
+
+def _compares(
+    state: Any, fixed: Any, told: Told, *, last: int, config: BackboneConfig, start: tuple[np.ndarray, np.ndarray]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    read, named = _read(state, fixed, told, last, config, start), told.named
+    said = {name: read.held @ head["kernel"] + head["bias"] for name, head in state["heads"].items()}
+    before = len(start[0]) + jnp.maximum(named.before, 0)
+    back = jnp.take_along_axis(read.looks(BACK, slice(None)), before[..., None], axis=-1)[..., 0]
+    parts = {
         "count": label_loss(jnp.ones_like(named.one), said["count"], named.count),
         "back": -mean_where(named.before >= 0, back),
         "more": RELATIONS * mean_where(named.more >= 0, optax.sigmoid_binary_cross_entropy(said["more"], jnp.maximum(named.more, 0))),
     }
-    losses = {**parts, "off_cm": 100 * REACH * mean_where(named.one, jnp.mean(off, axis=-1)), "hit": mean_where(shown, hit)}
-    return sum(parts.values(), jnp.float32(0)), losses
+    return sum(parts.values(), jnp.float32(0)), parts
 
 
 # --- scenes and texts ----------------------------------------------------------------------------------------------------
@@ -197,11 +218,11 @@ def _told(still: Still, draw: random.Random, engine: PromptEngine, side: int) ->
     tokens = np.full(LENGTH, engine.config.tokens.pad, np.int32)
     tokens[: len(made.ids)] = made.ids[:LENGTH]
     of_char = {end: i for i, (_, end) in enumerate(made.offsets)}
-    owned = np.concatenate([eyes.owners(still, camera, side) for camera in CAMERAS.values()])
+    owned = np.stack([eyes.owners(still, camera, side) for camera in CAMERAS.values()])
     names = Named(
         token=np.zeros(NAMES, np.int32),
         one=np.zeros(NAMES, np.float32),
-        looks=np.zeros((NAMES, len(owned)), np.float32),
+        looks=np.zeros((NAMES, *owned.shape), np.float32),
         colour=np.full(NAMES, -1, np.int32),
         noun=np.zeros(NAMES, np.int32),
         place=np.zeros((NAMES, WORLD), np.float32),
@@ -223,7 +244,7 @@ def _told(still: Still, draw: random.Random, engine: PromptEngine, side: int) ->
             facts = eyes.facts(still, number)
             names.one[i], names.colour[i], names.noun[i] = 1, facts.colour, facts.noun
             names.place[i], names.turn[i], names.numbers[i] = facts.position / REACH, facts.turn, facts.numbers
-            names.looks[i] = (owned == number) / max((owned == number).sum(), 1)
+            names.looks[i] = owned == number
             if number < len(still.things):
                 if last is not None and last[0] != number:
                     names.before[i], names.more[i, :2] = last[1], _leads(still.things[number], still.things[last[0]])

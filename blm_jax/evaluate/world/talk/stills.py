@@ -284,7 +284,7 @@ class _Draft:
         count = int(self.random.integers(1, most + 1))
         for number in range(BODIES + LOOSE - count, BODIES + LOOSE):  # the last ones may be cylinders
             self._put(number)
-        if self.robot is None and self.random.random() < 0.6:
+        if self.robot is None and self.random.random() < 0.8:
             self._hang_bars()
 
     def _a_step(self, step: str) -> None:
@@ -354,13 +354,17 @@ class _Draft:
     # Where things are
 
     def _hang_bars(self) -> None:
-        """A chain from behind the table to a fork above it or about a thing, of no colour that things have."""
+        """A chain from behind the table to a fork above it, about a thing or with one in it, of no colour that things have."""
         random = self.random
         tip, apart = np.array([*self._somewhere(WIDE), random.uniform(0.01, 0.35)]), random.uniform(0.02, 0.1)
         if (there := np.flatnonzero(self.extras.kind != NOTHING)).size and random.random() < 0.6:
             number, is_above = int(random.choice(there)), random.random() < 0.4
-            tip = self.extras.position[number] * (1, 1, 0) + [0, 0, random.uniform(0.005, 0.02) + BESIDE * is_above]
             apart = random.uniform(0.06, 0.1)
+            if not is_above and random.random() < 0.4:  # carried
+                self.extras.position[number, 2] += random.uniform(0, MARK_HIGH[1] - 0.06)
+                apart = 2 * self.extras.half[number, 1]
+            low = self.extras.position[number, 2] - self.extras.half[number, 2]
+            tip = self.extras.position[number] * (1, 1, 0) + [0, 0, low + random.uniform(0.005, 0.02) + BESIDE * is_above]
             self.around = None if is_above else BODIES + number
         fork, half = np.eye(4), np.array([random.uniform(0.02, 0.05, 3), random.uniform((0.006, 0.004, 0.012), (0.012, 0.008, 0.03))])
         c, s = np.cos(turn := random.uniform(0, 2 * np.pi)), np.sin(turn)

@@ -66,7 +66,7 @@ def test_texts_name_what_is_there() -> None:
     engine, draw = base.engine_of(words), random.Random(0)
     kinds = np.zeros(3, int)  # things, marks and forks, counts
     side = view.SIZE // base.PIXELS.patch
-    for still in itertools.islice(stills(3, "train", robots=False), 40):
+    for still in itertools.islice(stills(3, "train", robots=False), 60):
         tokens, named = finding._told(still, draw, engine, side)
         for i in np.flatnonzero((named.one > 0) | (named.count >= 0)):
             word = words.decode([int(tokens[named.token[i]])]).strip()
@@ -88,18 +88,21 @@ def test_texts_name_what_is_there() -> None:
 def test_it_learns_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few scenes seen often: names look at what they name; eyes, words and later blocks stay as they were."""
     monkeypatch.setattr(fitting, "TOLD", 30)
-    for name, number in {"SCENES": 32, "ROWS": 16, "EPOCHS": 30}.items():
+    for name, number in {"SCENES": 32, "ROWS": 16, "EPOCHS": 30, "COMPARING": 15}.items():
         monkeypatch.setattr(finding, name, number)
     words = base.tokenizer(0)
     config = base.config_of(words)
     params = base.looking(base.drawn(config, 0), config)
-    learned, log = finding.learn(params, config, base.engine_of(words), base.spoken(words), 0)
-    first, last = log[0], log[-1]
+    learned, logs = finding.learn(params, config, base.engine_of(words), base.spoken(words), 0)
+    first, last = logs["finding"][0], logs["finding"][-1]
     assert last["hit"] > 0.8 and last["looks"] < 0.7 * first["looks"]
     assert last["place"] < 0.8 * first["place"] and last["numbers"] < 0.9 * first["numbers"]
+    assert set(logs["comparing"][0]) == {"step", "back", "count", "more"}
     blocks, others = learned["decoder"].pop("blocks"), learned
     before = {**params, "decoder": {**params["decoder"]}}
     first_blocks = before["decoder"].pop("blocks")
     jax.tree.map(np.testing.assert_array_equal, others, before)
-    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new[finding.BLOCKS :], old[finding.BLOCKS :]), blocks, first_blocks)
-    assert not np.allclose(blocks["q"]["kernel"][1], first_blocks["q"]["kernel"][1])
+    later = finding.COMPARES + 1
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new[later:], old[later:]), blocks, first_blocks)
+    for block in range(later):
+        assert not np.allclose(blocks["q"]["kernel"][block], first_blocks["q"]["kernel"][block])
