@@ -1,8 +1,9 @@
 """What an episode looks like: its shapes, and the two cameras that see them.
 
 Both cameras look closely: at a field of view of 90 degrees a cube is four pixels wide, too few to say where it is. The first looks at the
-robot from across the table and tells height and y; the second, steep from the robot's right, tells x and y. All that the tasks lay out is
-in both, but for the outermost of StackCube's, which the first cuts off.
+robot from across the table and tells height and y; the second, from the robot's right, height and x. Both look from low down, because a
+hand that comes from above covers a cube from above. All that the tasks lay out is in both, but for the outermost of StackCube's, which the
+first cuts off.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SIZE = 112  # pixels, of either side
 UP, FIELD = np.array([0, 0, 1], np.float32), np.float32(np.radians(30))
 CAMERAS = {
     "front": Camera(np.array([1.16, 0, 0.56], np.float32), np.array([0, 0, 0.098], np.float32), UP, FIELD),
-    "side": Camera(np.array([0, -0.76, 1.11], np.float32), np.array([-0.005, -0.035, 0.076], np.float32), UP, FIELD),
+    "side": Camera(np.array([-0.01, -1.16, 0.56], np.float32), np.array([-0.01, 0, 0.098], np.float32), UP, FIELD),
 }
 
 HAND_COLOUR = (0.25, 0.25, 0.28)

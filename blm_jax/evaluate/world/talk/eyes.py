@@ -27,7 +27,7 @@ from blm_jax.evaluate.world import render
 from blm_jax.evaluate.world.scene import BODIES
 from blm_jax.evaluate.world.talk.fitting import Log, fitted, label_loss, mean_where
 from blm_jax.evaluate.world.talk.questions import GRID
-from blm_jax.evaluate.world.talk.stills import LOOSE, NOUNS, Still, stills
+from blm_jax.evaluate.world.talk.stills import LOOSE, NOUNS, SEEN, Still, stills
 from blm_jax.evaluate.world.tasks import COLOURS
 from blm_jax.evaluate.world.view import CAMERAS, SIZE
 from blm_jax.models.layers import around
@@ -102,24 +102,23 @@ def _gathered(scenes: Iterator[Still], side: int) -> Seen:
     """`side` cells along either side of a picture."""
     parts = []
     for still in tqdm(scenes, total=SCENES, unit=" scenes", desc="scenes", disable=None):
-        for camera, picture in zip(CAMERAS.values(), still.pictures, strict=True):
-            parts.append(_cells(still, camera, picture, side))
+        parts += [_cells(still, number, side) for number in range(len(CAMERAS))]
     return jax.tree.map(lambda *some: np.stack(some), *parts)
 
 
-def _cells(still: Still, camera: render.Camera, picture: np.ndarray, side: int) -> Seen:
+def _cells(still: Still, number: int, side: int) -> Seen:
     there, count = np.zeros(side * side, bool), len(shown(still))
-    owner = owners(still, camera, side)
+    owner = owners(still, number, side)
     colour, noun = (np.full(side * side, number, np.int32) for number in (-1, 0))
     place, turn = np.zeros((side * side, PLACE), np.float32), np.zeros((side * side, 2), np.float32)
     numbers = np.zeros((side * side, len(NUMBERS)), np.int32)
     all_of = [facts(still, number) for number in range(count)]
-    found, _ = render.project(camera, np.stack([each.position for each in all_of]), SIZE)
+    found, _ = render.project(list(CAMERAS.values())[number], np.stack([each.position for each in all_of]), SIZE)
     for cell in np.flatnonzero(owner >= 0):
         each = all_of[owner[cell]]
         there[cell], colour[cell], noun[cell], turn[cell], numbers[cell] = True, each.colour, each.noun, each.turn, each.numbers
         place[cell] = *(2 * found[owner[cell]] / SIZE - 1), *(each.position / REACH)
-    return Seen(picture, there, Meant(colour, noun, place, turn, numbers))
+    return Seen(still.pictures[number], there, Meant(colour, noun, place, turn, numbers))
 
 
 class Facts(NamedTuple):
@@ -151,14 +150,18 @@ def facts(still: Still, number: int) -> Facts:
     return Facts(position, COLOURS.index(thing.colour), noun, turn, numbers)
 
 
-def owners(still: Still, camera: render.Camera, side: int) -> np.ndarray:
-    """Of each of side * side cells of a picture, what has its middle there, as `shown` counts; -1 where nothing has."""
+def owners(still: Still, number: int, side: int) -> np.ndarray:
+    """Of each of side * side cells of a camera's picture, what has its middle there, as `shown` counts; -1 where nothing has that is seen."""
     owner = np.full(side * side, -1)
-    places = [place + PALM * (noun == TIP) for place, noun in shown(still)]
-    found, depth = render.project(camera, np.stack(places).astype(np.float32), SIZE)
+    things, nouns = zip(*shown(still), strict=True)
+    places = np.stack([place + PALM * (noun == TIP) for place, noun in zip(things, nouns, strict=True)])
+    found, depth = render.project(list(CAMERAS.values())[number], places.astype(np.float32), SIZE)
+    sizes = [still.sizes[number, -1 if noun == MARK else i] if noun != TIP else SEEN for i, noun in enumerate(nouns)]
+    seen = (np.array(sizes) >= SEEN) & (found >= 0).all(axis=1) & (found < SIZE).all(axis=1)
     for i in np.argsort(-depth):  # the nearest last: it hides the others
-        column, row = (np.clip(found[i] / SIZE, 0, 1 - 1e-6) * side).astype(int)
-        owner[row * side + column] = i
+        if seen[i]:
+            column, row = (found[i] / SIZE * side).astype(int)
+            owner[row * side + column] = i
     return owner
 
 

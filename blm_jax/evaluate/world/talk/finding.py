@@ -218,7 +218,7 @@ def _told(still: Still, draw: random.Random, engine: PromptEngine, side: int) ->
     tokens = np.full(LENGTH, engine.config.tokens.pad, np.int32)
     tokens[: len(made.ids)] = made.ids[:LENGTH]
     of_char = {end: i for i, (_, end) in enumerate(made.offsets)}
-    owned = np.stack([eyes.owners(still, camera, side) for camera in CAMERAS.values()])
+    owned = np.stack([eyes.owners(still, number, side) for number in range(len(CAMERAS))])
     names = Named(
         token=np.zeros(NAMES, np.int32),
         one=np.zeros(NAMES, np.float32),

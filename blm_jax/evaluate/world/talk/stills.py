@@ -35,7 +35,7 @@ AREA = ((-0.18, 0.18), (-0.22, 0.22))  # x and y of what hands are brought to
 WIDE = ((-0.3, 0.18), (-0.22, 0.22))  # of loose things: WidowX picks up far ones
 MARK_HIGH = (0.03, 0.34)  # of marks in the air
 APART = 0.075  # metres between middles
-SEEN = 12  # pixels that each thing has in the first picture
+SEEN = 12  # pixels of what is seen: of each thing in the first picture
 FREE = 4  # pixels from the picture's edge, at least
 TIPS = 0.01  # that a hand reaches below the middle of what it holds
 HELD_HIGH = (0.09, 0.2)
@@ -59,6 +59,7 @@ class Still:
 
     pictures: np.ndarray  # [cameras, size, size, 3]
     things: tuple[Thing, ...]
+    sizes: np.ndarray  # [cameras, things + 1] pixels of each thing, and of the mark
     goal: np.ndarray | None  # [3] a mark, where it can be seen
     tip: np.ndarray | None  # [3] between the tips of a hand or fork
     robot: str | None
@@ -131,8 +132,8 @@ def _drawn(may_have_arms: bool) -> Callable:
 
 
 def drawn(setting: Setting, state: State, extras: Extras, may_have_arms: bool = True) -> tuple[jax.Array, ...]:
-    """Of a batch: pictures, the pixels of each thing and of the mark in the first one, what hands lack to their poses, where hands are, and
-    whether tasks have succeeded.
+    """Of a batch: pictures, the pixels of each thing and of the mark in each, what hands lack to their poses, where hands are, and whether
+    tasks have succeeded.
     """
 
     def arranged(setting: Setting, state: State, extras: Extras) -> tuple[Shapes, jax.Array, jax.Array, jax.Array]:
@@ -143,8 +144,10 @@ def drawn(setting: Setting, state: State, extras: Extras, may_have_arms: bool = 
         left, tool = jnp.where(extras.has_pose, left, 0), arms.forward(setting.arm, setting.base, state.joints)[1][:3, 3]
         return _shapes(setting, state, extras, may_have_arms), left, tool, tasks.succeeded(setting, state)
 
-    def sizes(shapes: Shapes) -> jax.Array:
-        seen, _ = render.first_seen(shapes, view.CAMERAS["front"], view.SIZE)
+    cameras = jax.tree.map(lambda *leaves: jnp.stack(leaves), *view.CAMERAS.values())
+
+    def sizes(shapes: Shapes, camera: render.Camera) -> jax.Array:
+        seen, _ = render.first_seen(shapes, camera, view.SIZE)
         boxes, others = len(shapes.box_half), len(shapes.ball_radius) + len(shapes.rod_radius)
         places = [(i, boxes + i) for i in range(BODIES)]
         places += [(BODIES + i, boxes + BODIES + i, boxes + others + i) for i in range(LOOSE)]
@@ -152,7 +155,8 @@ def drawn(setting: Setting, state: State, extras: Extras, may_have_arms: bool = 
         return jnp.stack([sum((jnp.sum(seen == number) for number in place), jnp.int32(0)) for place in places])
 
     shapes, left, tools, done = jax.vmap(arranged)(setting, state, extras)
-    return view.pictures(shapes), jax.lax.map(sizes, shapes, batch_size=render.CHUNK), left, tools, done
+    shown = jax.lax.map(lambda camera: jax.lax.map(lambda one: sizes(one, camera), shapes, batch_size=render.CHUNK), cameras)
+    return view.pictures(shapes), jnp.swapaxes(shown, 0, 1), left, tools, done
 
 
 def _shapes(setting: Setting, state: State, extras: Extras, may_have_arms: bool) -> Shapes:
@@ -222,11 +226,11 @@ class _Draft:
 
     def still(self, pictures: np.ndarray, sizes: np.ndarray, tool: np.ndarray, done: bool) -> Still | None:
         kinds = np.concatenate([self.setting.kind, self.extras.kind])
-        there, mark_size = np.flatnonzero(kinds != NOTHING), sizes[-1]
+        there = np.flatnonzero(kinds != NOTHING)
         half, colour = (np.concatenate(pair) for pair in ((self.setting.half, self.extras.half), (self.setting.colour, self.extras.colour)))
         position = np.concatenate([self.state.position, self.extras.position])
         places, _ = render.project(view.CAMERAS["front"], position, view.SIZE)
-        if (sizes[there] < SEEN).any() or (np.abs(places[there] - view.SIZE / 2) > view.SIZE / 2 - FREE).any():
+        if (sizes[0, there] < SEEN).any() or (np.abs(places[there] - view.SIZE / 2) > view.SIZE / 2 - FREE).any():
             return None
         names = {BALL: "ball", DRUM: "cylinder", BOX: "cube"}
         nouns = ["peg" if half[i, 0] > 2 * half[i, 1] else names[int(kinds[i])] for i in there]
@@ -242,7 +246,8 @@ class _Draft:
                 Thing(noun, colour, position[i], places[i], turn if noun == "cube" else None)
                 for noun, colour, i, turn in zip(nouns, colours, there, turns, strict=True)
             ),
-            goal=self.setting.goal if self.setting.goal_seen and mark_size >= SEEN else None,
+            sizes=sizes[:, [*there, -1]],
+            goal=self.setting.goal if self.setting.goal_seen and sizes[0, -1] >= SEEN else None,
             tip=self._tip(tool),
             robot=arms.ROBOTS[self.robot] if has_arm and self.robot is not None else None,
             base=self.setting.base,

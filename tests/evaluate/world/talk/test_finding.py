@@ -21,8 +21,8 @@ def thing(colour: str, noun: str, x: float, y: float) -> Thing:
 
 def scene(*things: Thing, goal: np.ndarray | None = None, tip: np.ndarray | None = None) -> Still:
     none = dict.fromkeys(("robot", "around", "held", "wanted", "step", "task", "instruction", "succeeded"))
-    pictures = np.zeros((2, view.SIZE, view.SIZE, 3), np.uint8)
-    return Still(pictures=pictures, things=things, goal=goal, tip=tip, base=np.zeros(3), **none)
+    pictures, sizes = np.zeros((2, view.SIZE, view.SIZE, 3), np.uint8), np.full((2, len(things) + 1), 50)
+    return Still(pictures=pictures, things=things, sizes=sizes, goal=goal, tip=tip, base=np.zeros(3), **none)
 
 
 STILL = scene(
