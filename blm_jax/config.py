@@ -143,6 +143,7 @@ class DiTConfig:
     tap: int = 12  # the future tokens are read after this layer
     dropout: float = 0.2
     time_features: int = 256
+    norms: bool = True  # a shallow DiT is more exact without LayerNorms: what one divides by differs from state to state
 
     @property
     def width(self) -> int:

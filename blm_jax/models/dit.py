@@ -41,8 +41,10 @@ class TimeEmbedding(nnx.Module):
 class DiTLayer(nnx.Module):
     def __init__(self, config: DiTConfig, memory_width: int, *, rngs: nnx.Rngs):
         width = config.width
-        self.modulate = Linear([width], [2, width], ("embed", None, "ffn"), bias=True, rngs=rngs)
-        self.layer = Layer(width, config.heads, config.head_dim, config.ffn, memory_width, modulated=True, rngs=rngs)
+        # Time is silent at first: what need not depend on it is learned once, and not for each time anew.
+        self.modulate = Linear([width], [2, width], ("embed", None, "ffn"), bias=True, scale=0.0, rngs=rngs)
+        sizes = width, config.heads, config.head_dim, config.ffn, memory_width
+        self.layer = Layer(*sizes, modulated=True, norms=config.norms, rngs=rngs)
 
     def modulation(self, clock: Clock, dtype: jnp.dtype) -> Modulation:
         made = self.modulate(jax.nn.silu(clock.embedded)).astype(dtype)
@@ -66,8 +68,8 @@ class DiT(nnx.Module):
         self.remat: Remat = remat
         self.time = TimeEmbedding(config, buckets, rngs=rngs)
         self.pairs = stack(lambda rngs: DiTPair(config, memory_width, rngs=rngs), config.layers // 2, rngs)
-        self.norm = LayerNorm(config.width, affine=False)
-        self.modulate = Linear([config.width], [2, config.width], ("embed", None, "ffn"), bias=True, rngs=rngs)
+        self.norm = LayerNorm(config.width, affine=False, normalises=config.norms)
+        self.modulate = Linear([config.width], [2, config.width], ("embed", None, "ffn"), bias=True, scale=0.0, rngs=rngs)
 
     def remember(self, memory: jax.Array) -> Memory:
         """Keys and values of all cross-attention layers, [pairs, rows, heads, memory, head_dim]: made once an observation."""

@@ -21,8 +21,9 @@ class GroupedLinear(nnx.Module):
     weight is copied for a row of the batch. Inputs are narrow beside the transformer's, so the zeros cost little.
     """
 
-    def __init__(self, robots: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.kernel = param(inputs**-0.5 * jax.random.normal(rngs.params(), (robots, inputs, outputs)), ("robots", None, "embed"))
+    def __init__(self, robots: int, inputs: int, outputs: int, *, scale: float | np.ndarray = 1.0, rngs: nnx.Rngs):
+        """`scale`: of what comes out at first, beside what goes in; [inputs, 1] where inputs differ."""
+        self.kernel = param(scale * inputs**-0.5 * jax.random.normal(rngs.params(), (robots, inputs, outputs)), ("robots", None, "embed"))
         self.bias = param(jnp.zeros((robots, outputs)), ("robots", "embed"))
 
     def __call__(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -42,13 +43,15 @@ class Embodiments(nnx.Module):
         self.patch = config.patch
         held = config.patch * config.action_width
 
-        def linear(inputs: int, outputs: int) -> GroupedLinear:
-            return GroupedLinear(robots, inputs, outputs, rngs=rngs)
+        def linear(inputs: int, outputs: int, scale: float | np.ndarray = 1.0) -> GroupedLinear:
+            return GroupedLinear(robots, inputs, outputs, scale=scale, rngs=rngs)
 
         self.state_inner, self.state_outer = linear(config.state_width, config.hidden), linear(config.hidden, width)
         self.action_inner = linear(held, width)
-        self.action_timed, self.action_outer = linear(2 * width, width), linear(width, width)
-        self.decode_inner, self.decode_outer = linear(width, config.hidden), linear(config.hidden, held)
+        # Time is silent at first, as in the DiT, and chunks are near their mean: what random weights say where no demonstration was stays.
+        self.action_timed = linear(2 * width, width, scale=np.repeat(np.array([1, 0], np.float32), width)[:, None])
+        self.action_outer = linear(width, width)
+        self.decode_inner, self.decode_outer = linear(width, config.hidden), linear(config.hidden, held, scale=0.1)
 
     def choose(self, robot: jax.Array) -> jax.Array:
         """robot [rows] -> [rows, robots], float32."""

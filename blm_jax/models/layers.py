@@ -31,11 +31,11 @@ def param(value: jax.Array, axes: Axes) -> nnx.Param:
 class Linear(nnx.Module):
     """A product over the last axes of x. Kernels keep heads apart, so that heads, not columns, are divided over a mesh."""
 
-    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], axes: Axes, *, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], axes: Axes, *, bias: bool, scale: float = 1.0, rngs: nnx.Rngs):
         shape = (*inputs, *outputs)
         self.inputs = len(inputs)
         # What comes out is as large as what goes in, at any width: a small policy learns several times faster than from one fixed scale.
-        self.kernel = param(math.prod(inputs) ** -0.5 * jax.random.normal(rngs.params(), shape), axes)
+        self.kernel = param(scale * math.prod(inputs) ** -0.5 * jax.random.normal(rngs.params(), shape), axes)
         self.bias = param(jnp.zeros(outputs), axes[len(inputs) :]) if bias else None
         self.adapter: Adapter | None = nnx.data(None)  # or one that is put there later would be no parameter
 
@@ -84,15 +84,19 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    def __init__(self, width: int, *, affine: bool = True, eps: float = 1e-5):
+    """Where it does not normalise, its scale and bias remain: the tree of parameters is the same either way."""
+
+    def __init__(self, width: int, *, affine: bool = True, normalises: bool = True, eps: float = 1e-5):
         self.eps = eps
+        self.normalises = normalises
         self.scale = param(jnp.ones(width), ("norm",)) if affine else None
         self.bias = param(jnp.zeros(width), ("norm",)) if affine else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.normalises:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+            wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         if self.scale is not None and self.bias is not None:
             wide = wide * self.scale[...] + self.bias[...]
         return wide.astype(x.dtype)

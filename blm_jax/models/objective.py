@@ -1,8 +1,8 @@
 """Paths from noise to actions, the losses that learn them, and the sampler that follows them.
 
 A path mixes actions and noise, x(t) = alpha(t) actions + sigma(t) noise, from noise at time 0 to actions at time 1. Each of those
-here is one table: how it mixes, what the network learns to say, what an error in that weighs, and which actions it foretells. Given
-these, losses and sampler are the same: flow matching with Euler steps, and diffusion with DDIM's.
+here is one table: how it mixes, what of x the network is shown, what it learns to say, what an error in that weighs, and which actions it
+foretells. Given these, losses and sampler are the same: flow matching with Euler steps, and diffusion with DDIM's.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class PathTable(NamedTuple):
     foretold: Callable[[jax.Array, jax.Array, Mix], jax.Array]  # x, what it says -> actions at time 1
     time: Callable[[jax.Array, ObjectiveConfig], jax.Array]  # key -> a time to train at
     weight: Callable[[Mix], jax.Array]  # of an error in what it says
+    shown: Callable[[Mix], jax.Array]  # what x is multiplied by for the network to see; given steps are seen as they are
 
 
 def _beta_time(key: jax.Array, config: ObjectiveConfig) -> jax.Array:
@@ -35,13 +36,17 @@ def _beta_time(key: jax.Array, config: ObjectiveConfig) -> jax.Array:
     return jnp.clip((config.beta_span - drawn) / config.beta_span, 0, 1)
 
 
+def _one(mix: Mix) -> jax.Array:
+    return jnp.ones_like(mix[1])
+
+
 OPEN = 0.07  # "clean": how far an observation leaves actions open, of their spread
-MOST = 11.0  # "clean": an error weighs so much at most, as flow's with 0.3 of noise left: the end is easy, and would be all it learns
 LEAST = 1e-3  # noise that is divided by
 
 
 def _kept(mix: Mix) -> jax.Array:
-    """How much of x is in the actions that "clean" foretells: hardly any before its noise is less than what is open."""
+    """How much of x is in the actions that "clean" foretells: as much as it tells of actions that spread by OPEN, so hardly any before
+    its noise is less than that."""
     alpha, sigma = mix
     return alpha * OPEN**2 / (alpha**2 * OPEN**2 + sigma**2)
 
@@ -52,16 +57,20 @@ PATHS: dict[Path, PathTable] = {
         target=lambda actions, noise, mix: actions - noise,
         foretold=lambda x, said, mix: x + mix[1] * said,
         time=_beta_time,
-        weight=lambda mix: jnp.ones_like(mix[1]),
+        weight=_one,
+        shown=_one,
     ),
     # Flow's way, with the network saying the actions: where an observation all but decides them, a small network need not learn to pass
     # on the noise that it is shown, to more digits than actions have. Near the end, where x is nearly the actions, x itself is passed on.
+    # For the same reason it is shown x only as far as x tells of actions. An error weighs what it does to the actions that are foretold.
+    # Where an observation leaves several ways to act open, x says which: there this path takes more steps to learn than flow.
     "clean": PathTable(
         mix=lambda t: (t, 1 - t),
         target=lambda actions, noise, mix: actions - mix[0] * OPEN**2 / jnp.maximum(mix[1], LEAST) * noise,
         foretold=lambda x, said, mix: _kept(mix) * x + (1 - _kept(mix) * mix[0]) * said,
         time=_beta_time,
-        weight=lambda mix: jnp.minimum(((1 - _kept(mix) * mix[0]) / jnp.maximum(mix[1], LEAST)) ** 2, MOST),
+        weight=lambda mix: (1 - _kept(mix) * mix[0]) ** 2,
+        shown=_kept,
     ),
     # The cosine schedule, with the network saying v (Salimans and Ho 2022), which is well behaved at pure noise too.
     "ddim": PathTable(
@@ -69,7 +78,8 @@ PATHS: dict[Path, PathTable] = {
         target=lambda actions, noise, mix: mix[0] * noise - mix[1] * actions,
         foretold=lambda x, said, mix: mix[0] * x - mix[1] * said,
         time=lambda key, config: jax.random.uniform(key),
-        weight=lambda mix: jnp.ones_like(mix[1]),
+        weight=_one,
+        shown=_one,
     ),
 }
 
@@ -115,13 +125,13 @@ def losses(
     actions, mask = (jnp.repeat(x, config.draws, axis=0) for x in (chunks.actions, chunks.mask))
     actions = jnp.where(mask, actions, 0)
     mix = jax.tree.map(lambda x: x[:, None, None], path.mix(time))
-    noised = mix[0] * actions + mix[1] * noise
+    seen = path.shown(mix) * (mix[0] * actions + mix[1] * noise)
     if config.prefix:
-        noised = jnp.where(given[..., None], actions, noised)
+        seen = jnp.where(given[..., None], actions, seen)
         mask = mask & ~given[..., None]
     said = policy.velocity(
         condition,
-        noised,
+        seen,
         time,
         given if config.prefix else None,
         jnp.repeat(dropout_keys, config.draws, axis=0) if train and policy.config.dit.dropout else None,
@@ -215,8 +225,11 @@ def sample(
     times = jnp.asarray(np.arange(steps + 1, dtype=np.float32) / np.float32(steps))
 
     def foretell(x: jax.Array, time: jax.Array) -> jax.Array:
-        said = policy.velocity(condition, x, time[None], given)
-        return path.foretold(x, said.actions, path.mix(time))
+        mix = path.mix(time)
+        seen = path.shown(mix) * x
+        if given is not None:
+            seen = jnp.where(given[..., None], x, seen)
+        return path.foretold(x, policy.velocity(condition, seen, time[None], given).actions, mix)
 
     def step(i: jax.Array, x: jax.Array) -> jax.Array:
         time, after = times[i], times[i + 1]

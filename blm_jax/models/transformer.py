@@ -33,15 +33,17 @@ class Modulation(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """`modulated` layers take scale and shift of their first norm from outside (AdaLN)."""
+    """`modulated` layers take scale and shift of their first norm from outside (AdaLN). Without `norms` none of them normalises."""
 
-    def __init__(self, width: int, heads: int, head_dim: int, ffn: int, memory_width: int, *, modulated: bool, rngs: nnx.Rngs):
-        self.norm = LayerNorm(width, affine=not modulated)
+    def __init__(
+        self, width: int, heads: int, head_dim: int, ffn: int, memory_width: int, *, modulated: bool, norms: bool = True, rngs: nnx.Rngs
+    ):
+        self.norm = LayerNorm(width, affine=not modulated, normalises=norms)
         self.q = Linear([width], [heads, head_dim], COLUMNS, bias=True, rngs=rngs)
         self.k = Linear([memory_width], [heads, head_dim], COLUMNS, bias=True, rngs=rngs)
         self.v = Linear([memory_width], [heads, head_dim], COLUMNS, bias=True, rngs=rngs)
         self.out = Linear([heads, head_dim], [width], ROWS, bias=True, rngs=rngs)
-        self.ffn_norm = LayerNorm(width)
+        self.ffn_norm = LayerNorm(width, normalises=norms)
         self.up = Linear([width], [ffn], ("embed", "ffn"), bias=True, rngs=rngs)
         self.down = Linear([ffn], [width], ("ffn", "embed"), bias=True, rngs=rngs)
 

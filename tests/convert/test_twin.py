@@ -24,6 +24,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from blm_jax.batch import IntentRows, RobotRows
 from blm_jax.config import BackboneConfig, ComputeConfig, Instruction, PolicyConfig
 from blm_jax.convert.twin.blm_policy import BLMPolicy, Intent
+from blm_jax.convert.twin.blm_policy import Committed as TwinCommitted
 from blm_jax.convert.twin.blm_policy import Robot as TwinRobot
 from blm_jax.data.chat import load_tokenizer
 from blm_jax.data.collate import collate
@@ -34,7 +35,7 @@ from blm_jax.data.positions import Grid
 from blm_jax.data.prompt import Example, PromptEngine
 from blm_jax.data.vision.pixels import read_pixel_config
 from blm_jax.models.mllm import Mllm, with_params
-from blm_jax.models.objective import sample
+from blm_jax.models.objective import Committed, sample
 from blm_jax.models.policy import Policy, policy_with_params
 from blm_jax.weights.policy import PolicyFiles, write_policy
 from blm_jax.weights.source import read_config
@@ -81,8 +82,10 @@ class Pair:
         return [make_states(self.files.robots[name], rng, 1)[0] for name in names]
 
 
-CONFIGS = {path: small(objective=dict(path=path, prefix=PREFIX)) for path in ("flow", "clean", "ddim")}
-CONFIGS["patched"] = replace(small(objective=dict(path="clean")), horizon=8, embodiment=replace(SMALL.embodiment, patch=2))
+CONFIGS = {path: small(objective=dict(path=path, prefix=PREFIX), dit=dict(norms=path != "clean")) for path in ("flow", "clean", "ddim")}
+CONFIGS["patched"] = replace(
+    small(objective=dict(path="clean"), dit=dict(norms=False)), horizon=8, embodiment=replace(SMALL.embodiment, patch=2)
+)
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -175,6 +178,27 @@ def test_sampled_actions(pair: Pair, batch: str) -> None:
         assert ((chunk.numpy() > low) & (chunk.numpy() < high)).any()
         # The noise has its say; less of it where the actions themselves are said.
         assert chunk[0].sub(chunk[1]).abs().max() > (1e-3 if pair.config.objective.path == "clean" else 0.01)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("pair", ["flow", "clean"], indirect=True)
+def test_chunks_that_go_on_from_the_last_one(pair: Pair, guided: bool) -> None:
+    """Towards all that is left of it, or with its first steps given: these the network sees as they are, whatever it sees of the others."""
+    names, noise, last = BATCHES["mixed"], make_noise(pair.config, 3), make_noise(pair.config, 3, seed=1)
+    rows = robot_rows(pair.files, names, pair.states(names))
+    committed = Committed(jnp.asarray(last), jnp.int32(2), jnp.int32(5))
+
+    @jax.jit
+    def run(policy: Policy) -> jax.Array:
+        return sample(policy, policy.condition(pair.rows, rows), noise, 5, committed, guided=guided)
+
+    condition = pair.twin.condition(
+        pair.intent, torch.from_numpy(rows.robot).long(), *(torch.from_numpy(x) for x in (rows.state, rows.state_mask, rows.action_mask))
+    )
+    theirs = TwinCommitted(torch.from_numpy(last), torch.tensor(2), torch.tensor(5))
+    found, free = (pair.twin.denoise(condition, torch.from_numpy(noise), 5, one, guided=guided) for one in (theirs, None))
+    np.testing.assert_allclose(found, run(pair.ours), **BOUND)
+    assert (found - free)[:, 2:].abs().max() > 0.01  # what is decided has its say on what follows
 
 
 @pytest.mark.parametrize("scheme", ["quantile", "mean_std", "min_max"])
@@ -440,3 +464,22 @@ def test_requests_that_cannot_be_met(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "policy" / "config.json").write_text(json.dumps(contract | {"format": 2}))
     with pytest.raises(ValueError, match="has format 2, this file reads 1"):
         BLMPolicy.from_pretrained(tmp_path / "policy")
+
+
+@pytest.mark.parametrize("pair", ["flow", "clean"], indirect=True)
+def test_an_export_of_before_there_were_norms(pair: Pair, tmp_path: Path) -> None:
+    """All LayerNorms normalised. The path "clean" was another, and actions would be wrong without a word."""
+    shutil.copytree(pair.directory, tmp_path / "policy")
+    contract = json.loads((tmp_path / "policy" / "config.json").read_text())
+    del contract["policy"]["dit"]["norms"]
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(contract))
+    if pair.config.objective.path == "clean":
+        with pytest.raises(ValueError, match="is of an older release's path clean: take the"):
+            BLMPolicy.from_pretrained(tmp_path / "policy")
+        return
+    names, noise = BATCHES["mixed"], torch.from_numpy(make_noise(pair.config, 3))[:, None]
+    old, new = (
+        twin.sample_actions(pair.intent, names, pair.states(names), noise=noise)
+        for twin in (BLMPolicy.from_pretrained(tmp_path / "policy"), pair.twin)
+    )
+    assert_close(old, [chunk.numpy() for chunk in new])

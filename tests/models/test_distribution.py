@@ -94,7 +94,8 @@ def regression() -> np.ndarray:
 @pytest.mark.parametrize("path", ["flow", "clean", "ddim"])
 def test_more_steps_come_nearer_to_two_ways_of_acting_than_one_answer_can(path: Path, regression: np.ndarray) -> None:
     config = two_ways(path)
-    policy = train(config, draw_two_ways, STEPS, RATE).policy
+    # "clean" is for observations that all but decide actions: of two ways that are both open it learns more slowly.
+    policy = train(config, draw_two_ways, 4 * STEPS if path == "clean" else STEPS, RATE).policy
     both, shape = jnp.arange(2), (2, SETS, SAMPLES, *WAY.shape)
     noise = make_noise(config, 2 * SETS * SAMPLES)
 

@@ -20,10 +20,11 @@ from blm_jax.config import BridgeConfig, ComputeConfig, MeshConfig, ObjectiveCon
 from blm_jax.errors import RequestError
 from blm_jax.mesh import make_mesh
 from blm_jax.models.bridge import Bridge
+from blm_jax.models.dit import Clock
 from blm_jax.models.layers import around, shapes_of
 from blm_jax.models.mllm import random_params, with_params
-from blm_jax.models.objective import MOST, OPEN, PATHS, Committed, losses, sample
-from blm_jax.models.policy import Policy, Velocity
+from blm_jax.models.objective import OPEN, PATHS, Committed, losses, sample
+from blm_jax.models.policy import Policy, Velocity, abstract_policy
 from tests.models.oracle import CASES
 from tests.models.policies import LAYOUTS, SMALL, Inputs, make_inputs, make_noise, make_policy, small
 from tests.models.test_programs import equations, make_batch
@@ -203,10 +204,29 @@ def test_a_patch_that_does_not_fit_is_refused(horizon: int, patch: int, prefix: 
         )
 
 
+@pytest.mark.parametrize("norms", [True, False])
+def test_tokens_are_normalised_or_not(norms: bool) -> None:
+    """With no layer's sum to add, a DiT's tokens come out as large as they went in, or all of one size. Parameters are the same."""
+    config = small(dit=dict(norms=norms))
+    assert jax.tree.map(jnp.shape, abstract_policy(config)) == jax.tree.map(jnp.shape, abstract_policy(SMALL))
+    dit, width = make_policy(config).dit, config.dit.width
+    silent = jax.tree.map(jnp.zeros_like, dit)  # no layer and no time says anything
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, width)), jnp.float32) + 1
+    memory = dit.remember(jnp.ones((2, 3, config.bridge.width)))
+    clock = Clock(jnp.zeros((1, 1, width)), jnp.zeros((1, 5), jnp.int32))
+    run = jax.jit(lambda dit, x: dit(x, memory, jnp.ones((2, 5), jnp.int32), clock)[0])
+    once, thrice = run(silent, x), run(silent, 3 * x)
+    np.testing.assert_allclose(thrice, once if norms else 3 * once, atol=1e-4)
+    np.testing.assert_allclose(once.std(axis=-1) if norms else once, 1 if norms else x, atol=1e-4)
+    # Nor within the layers: what they add to large tokens grows with them.
+    added = [np.abs(run(dit, size * x) - (0 if norms else size * x)).max() for size in (1, 100)]
+    assert (added[1] < 3 * added[0]) == norms
+
+
 # Losses
 
 
-@pytest.mark.parametrize(("path", "prefix"), [("flow", 3), ("clean", 0), ("ddim", 0)])
+@pytest.mark.parametrize(("path", "prefix"), [("flow", 3), ("clean", 3), ("ddim", 0)])
 def test_the_loss_is_a_loop_over_samples(monkeypatch: pytest.MonkeyPatch, path: Path, prefix: int) -> None:
     """What the network was asked and what it said is recorded; each number it should have said is worked out one by one."""
     config = small(objective=dict(path=path, prefix=prefix, draws=3))
@@ -241,13 +261,11 @@ def test_the_loss_is_a_loop_over_samples(monkeypatch: pytest.MonkeyPatch, path: 
                     assert seen == pytest.approx(true)
                     continue
                 noise = (seen - alpha * true) / sigma
-                heard, weight = said.actions[n, step, dimension], 1.0
-                if path == "clean":  # flow's error, of the velocity towards the foretold actions; less where that weighs much
+                heard, answer = said.actions[n, step, dimension], alpha * noise - sigma * true if path == "ddim" else true - noise
+                if path == "clean":  # the error of the foretold actions, of which the network sees what x says of them
                     kept = alpha * OPEN**2 / (alpha**2 * OPEN**2 + sigma**2)
-                    heard = (kept * seen + (1 - kept * alpha) * heard - seen) / sigma
-                    weight = min(1.0, MOST * (sigma / (1 - kept * alpha)) ** 2)
-                answer = alpha * noise - sigma * true if path == "ddim" else true - noise
-                squares.append(weight * (heard - answer) ** 2)
+                    heard, answer = seen + (1 - kept * alpha) * heard, true
+                squares.append((heard - answer) ** 2)
             for query in range(config.bridge.queries):
                 one, other = said.future[n, query], wanted[row, query]
                 agreements.append(1 - one @ other / np.linalg.norm(one) / np.linalg.norm(other))

@@ -87,19 +87,32 @@ def waves(x: Tensor, features: int, longest: float) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class Norm(nn.LayerNorm):
+    """Where it does not normalise, its weight and bias remain."""
+
+    def __init__(self, width: int, *, affine: bool = True, normalises: bool):
+        super().__init__(width, elementwise_affine=affine)
+        self.normalises = normalises
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.normalises:
+            return super().forward(x)
+        return x * self.weight + self.bias if self.elementwise_affine else x
+
+
 class Layer(nn.Module):
     """Attention, to a memory or to itself, then a feed-forward network. `modulated` layers have their first norm's scale and
-    shift from outside."""
+    shift from outside. Without `norms` none of them normalises."""
 
-    def __init__(self, width: int, heads: int, ffn: int, memory_width: int, *, modulated: bool):
+    def __init__(self, width: int, heads: int, ffn: int, memory_width: int, *, modulated: bool, norms: bool = True):
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width, elementwise_affine=not modulated)
+        self.norm = Norm(width, affine=not modulated, normalises=norms)
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(memory_width, width)
         self.v = nn.Linear(memory_width, width)
         self.out = nn.Linear(width, width)
-        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn_norm = Norm(width, normalises=norms)
         self.up = nn.Linear(width, ffn)
         self.down = nn.Linear(ffn, width)
 
@@ -214,7 +227,7 @@ class DiTLayer(nn.Module):
     def __init__(self, config: Any, width: int, memory_width: int):
         super().__init__()
         self.modulate = nn.Linear(width, 2 * width)
-        self.layer = Layer(width, config.heads, config.ffn, memory_width, modulated=True)
+        self.layer = Layer(width, config.heads, config.ffn, memory_width, modulated=True, norms=config.norms)
 
 
 class DiTPair(nn.Module):
@@ -235,7 +248,7 @@ class DiT(nn.Module):
         self.tap = config.tap // 2 - 1
         self.time = TimeEmbedding(config.time_features, width)
         self.pairs: Any = nn.ModuleList(DiTPair(config, width, memory_width) for _ in range(config.layers // 2))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = Norm(width, affine=False, normalises=config.norms)
         self.modulate = nn.Linear(width, 2 * width)
 
     def remember(self, memory: Tensor) -> list[Memory]:
@@ -398,6 +411,7 @@ class Robot:
 class NoisePath(NamedTuple):
     mix: Callable[[Tensor], tuple[Tensor, Tensor]]  # time -> how much of actions, how much of noise
     foretold: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x, what the model says, mix -> actions at time 1
+    shown: Callable[[Tensor, Tensor], Tensor]  # mix -> what x is multiplied by for the model to see; given steps are seen as they are
 
 
 OPEN = 0.07  # "clean": how far an observation leaves actions open, of their spread
@@ -408,11 +422,17 @@ def _kept(alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha * OPEN**2 / (alpha**2 * OPEN**2 + sigma**2)
 
 
+def _one(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return torch.ones_like(sigma)
+
+
 PATHS = {
-    "flow": NoisePath(lambda t: (t, 1 - t), lambda x, said, alpha, sigma: x + sigma * said),
-    "clean": NoisePath(lambda t: (t, 1 - t), lambda x, said, alpha, sigma: said + _kept(alpha, sigma) * (x - alpha * said)),
+    "flow": NoisePath(lambda t: (t, 1 - t), lambda x, said, alpha, sigma: x + sigma * said, _one),
+    "clean": NoisePath(lambda t: (t, 1 - t), lambda x, said, alpha, sigma: said + _kept(alpha, sigma) * (x - alpha * said), _kept),
     "ddim": NoisePath(
-        lambda t: (torch.sin(torch.pi / 2 * t), torch.cos(torch.pi / 2 * t)), lambda x, said, alpha, sigma: alpha * x - sigma * said
+        lambda t: (torch.sin(torch.pi / 2 * t), torch.cos(torch.pi / 2 * t)),
+        lambda x, said, alpha, sigma: alpha * x - sigma * said,
+        _one,
     ),
 }
 
@@ -448,6 +468,10 @@ class BLMPolicy(nn.Module):
         contract = json.loads(text, object_hook=lambda entries: SimpleNamespace(**entries))
         if contract.format != FORMAT:
             raise ValueError(f"{directory} has format {contract.format}, this file reads {FORMAT}: take the blm_policy.py that lies there")
+        if not hasattr(contract.policy.dit, "norms"):  # an older export: its LayerNorms all normalise, and its "clean" is another path
+            if contract.policy.objective.path == "clean":
+                raise ValueError(f"{directory} is of an older release's path clean: take the blm_policy.py that lies there")
+            contract.policy.dit.norms = True
         robots = {}
         for row, entry in enumerate(contract.robots):
             if hasattr(contract.statistics, entry.name):  # a robot that was never trained has none
@@ -648,7 +672,11 @@ class BLMPolicy(nn.Module):
             return x if committed is None or decided is None else torch.where(decided, committed.actions, x)
 
         def foretell(x: Tensor, time: Tensor) -> Tensor:
-            return path.foretold(x, self.velocity(condition, x, time[None], given), *path.mix(time))
+            alpha, sigma = path.mix(time)
+            seen = path.shown(alpha, sigma) * x
+            if given is not None:
+                seen = torch.where(given[..., None], x, seen)
+            return path.foretold(x, self.velocity(condition, seen, time[None], given), alpha, sigma)
 
         x = torch.where(mask, noise.float(), 0)
         for time, after in pairwise(times):
