@@ -108,11 +108,14 @@ def demo(args: argparse.Namespace, process: int) -> Result:
 
 
 def new(args: argparse.Namespace, process: int) -> Result:
-    from blm_jax.evaluate.world.talk.base import write_finding
+    from blm_jax.configfile import read
+    from blm_jax.evaluate.world.talk.base import write_base
+    from blm_jax.evaluate.world.talk.recipe import Recipe
 
-    result = {"out": args.out, "log": write_finding(args.out, args.seed)}
+    result = {"out": args.out, "log": write_base(args.out, read(Recipe, args.recipe), args.seed)}
     if process == 0 and not args.json:
-        say(f"{args.out}: it sees and finds, and answers nothing yet")
+        last = result["log"]["answering"][-1:]
+        say(f"{args.out}: it sees, finds and answers" + "".join(f"; the last words' loss is {one['answers']:.2f}" for one in last))
     return result
 
 

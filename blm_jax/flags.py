@@ -56,7 +56,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_train(_command(commands, "train", train, "train the backbone on conversations, or the policy on demonstrations"))
     planning = "compile a run for chips that are not there: does it fit, what is sent, how fast can it be"
     _add_plan(_command(commands, "plan", plan, planning, uses_jax=False))
-    small = _command(commands, "new", new, "make a small MODEL for the embedded world: one that sees, and has no words yet")
+    small = _command(commands, "new", new, "make a small MODEL for the embedded world: it sees, finds and answers, and knows no robots")
+    small.add_argument("recipe", metavar="RECIPE.YAML", help="how much it learns from; the package's own is of configs/world/base.yaml")
     small.add_argument("out", metavar="OUT", help="a directory that does not exist yet")
     small.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and scenes (0)")
     _add_eval(commands.add_parser("eval", help="how well a MODEL does", description="How well a MODEL does."))

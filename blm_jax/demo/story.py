@@ -38,8 +38,6 @@ CONFIGURED = ("base", "stage_one", "stage_two")
 class Sizes:
     """How much of everything."""
 
-    things: int = 12_000  # scenes that the base looks at
-    words: int = 4000  # sentences that it reads
     scenes: int = 6000  # asked about, to learn from
     tests: int = 300  # scenes that only the test asks about
     sentences: int = 1500
@@ -73,7 +71,7 @@ class Demo:
 def story(demo: Demo) -> Story:
     parts = {"data": _data(demo), "stage one": {"train": _train(demo, "stage_one", [f"base={demo.base}"])}}
     if demo.from_scratch:
-        parts = {"base": _base(demo), **parts}
+        parts = {"base": {"new": ["new", demo.path("configs/base.yaml"), demo.base, *_seed(demo)]}, **parts}
     one, two, untrained, test = (demo.path(name) for name in ("stage_one", "stage_two", "untrained", "test"))
     parts["questions"] = {"answers": ["eval", "questions", one, test, "--out", demo.path("answers")]}
     run = ["--run", demo.path("configs/stage_two.yaml"), "--instruction-tokens", str(INSTRUCTION)]
@@ -89,18 +87,6 @@ def story(demo: Demo) -> Story:
     parts["evaluation"] = _evaluation(demo, two, untrained)
     parts["export"] = {"export": ["convert", two, demo.path("export"), "--to", "hf"]}
     return parts
-
-
-def _base(demo: Demo) -> dict[str, Command]:
-    seeing, things, said = (demo.path(name) for name in ("seeing", "things", "said"))
-    return {
-        "eyes and finding": ["new", seeing, *_seed(demo)],
-        "things": ["data", "collect", "questions", things, "--scenes", str(demo.sizes.things), "--things-only", *_seed(demo)],
-        "said": ["data", "collect", "questions", said, "--sentences", str(demo.sizes.words), *_seed(demo)],
-        **{f"{name} corpus": _prepare(demo.path(name), seeing) for name in ("things", "said")},
-        "train": _train(demo, "base"),
-        "export": ["convert", demo.path("words"), demo.base, "--to", "hf"],
-    }
 
 
 def _data(demo: Demo) -> dict[str, Command]:
@@ -173,7 +159,7 @@ def line(command: Command) -> str:
 
 def _done(command: Command) -> dict[str, Any]:
     """What of a part that was cut off is there already, of commands that write all or nothing and refuse to write it again."""
-    outs = {"new": 1, "convert": 2, "collect": 3}
+    outs = {"new": 2, "convert": 2, "collect": 3}
     place = next((outs[word] for word in command[:2] if word in outs), None)
     return {"out": command[place]} if place is not None and open_path(command[place]).exists() else {}
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from blm_jax.cli import main
-from blm_jax.configfile import load_as
+from blm_jax.configfile import load_as, read
 from blm_jax.demo import story as telling
 from blm_jax.demo.story import CONFIGURED, Command, Demo, play, story
 from blm_jax.errors import RequestError
+from blm_jax.evaluate.world.talk.recipe import Recipe
 from blm_jax.flags import parse
 from blm_jax.recipe import Run
 
@@ -42,7 +43,8 @@ def test_configs_are_those_of_any_run(tmp_path: Path) -> None:
     """Below configs/, with the demo's directory in place of their own."""
     out = str(tmp_path / "demo")
     play(Demo(out), lambda command: {"said": command[0]})
-    for name in CONFIGURED:
+    assert read(Recipe, f"{out}/configs/base.yaml") == read(Recipe, telling.CONFIGS / "base.yaml")
+    for name in CONFIGURED[1:]:
         ours, theirs = (load_as(Run, f"{folder}/{name}.yaml") for folder in (f"{out}/configs", telling.CONFIGS))
         assert ours.out == theirs.out.replace(telling.HOME, out) and ours.out.startswith(out)
         text = (Path(out) / "configs" / f"{name}.yaml").read_text()

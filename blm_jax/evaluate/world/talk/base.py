@@ -18,12 +18,15 @@ from blm_jax.config import BackboneConfig, ComputeConfig, DecoderConfig, TokenCo
 from blm_jax.convert.new import write_new_model
 from blm_jax.data.chat import WORDS
 from blm_jax.data.chat import Tokenizer as Chat
+from blm_jax.data.files import open_path
 from blm_jax.data.prompt import PromptEngine
 from blm_jax.data.vision.pixels import PixelConfig
-from blm_jax.evaluate.world.talk import eyes, finding
+from blm_jax.errors import RequestError
+from blm_jax.evaluate.world.talk import answering, eyes, finding
 from blm_jax.evaluate.world.talk.eyes import FARTHEST, Spoken
 from blm_jax.evaluate.world.talk.fitting import Log
 from blm_jax.evaluate.world.talk.questions import GRID, NAMES, REGIONS, YES_NO
+from blm_jax.evaluate.world.talk.recipe import Recipe
 from blm_jax.evaluate.world.talk.stills import FORK, GOAL, NOUNS, STEPS
 from blm_jax.evaluate.world.talk.talks import sentences
 from blm_jax.evaluate.world.talk.wordings import CHOOSE
@@ -63,14 +66,17 @@ def write_untrained(path: epath.PathLike, seed: int = 0) -> None:
     write_new_model(path, config, drawn(config, seed), assets_of(words))
 
 
-def write_finding(path: epath.PathLike, seed: int = 0) -> dict[str, Log]:
-    """The same, but that its eyes have learned to see (`eyes`), and its decoder to find what is named (`finding`). Losses on the way."""
+def write_base(path: epath.PathLike, recipe: Recipe, seed: int = 0) -> dict[str, Log]:
+    """The same, but that it has learned to see (`eyes`), to find what is named (`finding`), and to answer. Losses on the way."""
+    if open_path(path).exists():  # before hours of learning, and not behind them
+        raise RequestError(f"{path} exists; choose another directory or remove it")
     words = tokenizer(seed)
-    config, assets, known = config_of(words), assets_of(words), spoken(words)
-    params, seeing = eyes.learn(drawn(config, seed), config, PIXELS, known, seed)
-    params, found = finding.learn(looking(params, config), config, engine_of(words), known, seed)
-    write_new_model(path, config, params, assets)
-    return {"eyes": seeing, **found}
+    config, engine, known = config_of(words), engine_of(words), spoken(words)
+    params, seeing = eyes.learn(drawn(config, seed), config, PIXELS, known, recipe.eyes, seed)
+    params, heads, found = finding.learn(looking(params, config), config, engine, known, recipe.finding, seed)
+    params, answered = answering.learn(params, heads, config, engine, known, recipe, seed)
+    write_new_model(path, config, params, assets_of(words))
+    return {"eyes": seeing, "finding": found, "answering": answered}
 
 
 def engine_of(words: Tokenizer) -> PromptEngine:

@@ -8,7 +8,7 @@ that those which are close become words that are close; the layers for this are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from blm_jax.evaluate.world import render
 from blm_jax.evaluate.world.scene import BODIES
 from blm_jax.evaluate.world.talk.fitting import Log, fitted, label_loss, mean_where
 from blm_jax.evaluate.world.talk.questions import GRID
+from blm_jax.evaluate.world.talk.recipe import Part
 from blm_jax.evaluate.world.talk.stills import LOOSE, NOUNS, SEEN, Still, stills
 from blm_jax.evaluate.world.tasks import COLOURS
 from blm_jax.evaluate.world.view import CAMERAS, SIZE
@@ -34,7 +35,6 @@ from blm_jax.models.layers import around
 from blm_jax.models.vision import VisionTower
 
 REACH = 0.25  # metres that x and y are divided by
-SCENES, BATCH, EPOCHS = 16_000, 32, 8
 PLACE, EXACT = 5, 10  # a thing's places in picture and world; how much more the first count, which one picture tells
 MOST = BODIES + LOOSE + 2  # of all that is shown, with a mark and a fork
 FARTHEST = 35  # centimetres along x, y and z that there are words for
@@ -73,14 +73,15 @@ class Seen(NamedTuple):
     meant: Meant
 
 
-def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, spoken: Spoken, seed: int) -> tuple[dict[str, Any], Log]:
+def learn(
+    params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, spoken: Spoken, part: Part, seed: int
+) -> tuple[dict[str, Any], Log]:
     """A model's parameters after it, of which the tower's and the words' are others, and the losses on the way."""
-    seen = _gathered(islice(stills(seed, "train", robots=False), SCENES), SIZE // (pixels.merge * pixels.patch))
+    seen = _gathered(islice(stills(seed, "train", robots=False), part.scenes), part.scenes, SIZE // (pixels.merge * pixels.patch))
     cells = seen.there.shape[1]
     side = round(cells**0.5)
     own = np.stack(np.meshgrid(*2 * [(np.arange(side) + 0.5) * 2 / side - 1], indexing="ij"), axis=-1).reshape(cells, 2).astype(np.float32)
-    views, steps = len(CAMERAS), EPOCHS * SCENES // BATCH
-    width = config.vision.out_width
+    views, width = len(CAMERAS), config.vision.out_width
     sizes = {"measured": PLACE + 2, "own": 2} | dict.fromkeys(NUMBERS, width)
     heads: dict[str, Any] = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
     heads["there"] = {"bias": jnp.zeros(())}
@@ -88,20 +89,20 @@ def learn(params: dict[str, Any], config: BackboneConfig, pixels: PixelConfig, s
     loss = partial(_loss, config=config, levels=levels_of(pixels), spoken=spoken, own=own)
 
     def batch(draw: np.random.Generator) -> Seen:
-        scenes = draw.choice(SCENES, BATCH, replace=False)
+        scenes = draw.choice(part.scenes, part.batch, replace=False)
         rows = (scenes[:, None] * views + np.arange(views)).ravel()
         some = jax.tree.map(lambda part: part[rows], seen)
         return some._replace(pictures=np.stack([cut_patches(picture[None], pixels) for picture in some.pictures]))
 
-    state, log = fitted(loss, state, None, batch, steps, seed, "eyes")
+    state, log = fitted(loss, state, None, batch, part, seed, "eyes")
     decoder = {**params["decoder"], "embed": {"embedding": state["words"]}}
     return {**params, "vision": state["tower"], "decoder": decoder}, log
 
 
-def _gathered(scenes: Iterator[Still], side: int) -> Seen:
+def _gathered(scenes: Iterator[Still], count: int, side: int) -> Seen:
     """`side` cells along either side of a picture."""
     parts = []
-    for still in tqdm(scenes, total=SCENES, unit=" scenes", desc="scenes", disable=None):
+    for still in tqdm(scenes, total=count, unit=" scenes", desc="scenes", disable=None):
         parts += [_cells(still, number, side) for number in range(len(CAMERAS))]
     return jax.tree.map(lambda *some: np.stack(some), *parts)
 
@@ -151,7 +152,7 @@ def facts(still: Still, number: int) -> Facts:
 
 
 def owners(still: Still, number: int, side: int) -> np.ndarray:
-    """Of each of side * side cells of a camera's picture, what has its middle there, as `shown` counts; -1 where nothing has that is seen."""
+    """Of each of side * side cells of a camera's picture, what is seen and has its middle there, as `shown` counts; -1 where nothing is."""
     owner = np.full(side * side, -1)
     things, nouns = zip(*shown(still), strict=True)
     places = np.stack([place + PALM * (noun == TIP) for place, noun in zip(things, nouns, strict=True)])
@@ -218,3 +219,19 @@ def rows_of(patches: jax.Array, levels: Any, merge: int) -> VisionRows:
     places = grid.reshape(side // merge, merge, side // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(count, 2)
     ones = np.ones((rows, count), np.int32)
     return VisionRows(patches, ones, ones, np.broadcast_to(places.astype(np.int32), (rows, count, 2)), groups=rows, levels=levels)
+
+
+def looker(config: BackboneConfig, pixels: PixelConfig) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """What a tower makes of scenes' pictures [scenes, cameras, size, size, 3]: [scenes, visual tokens, width] float16."""
+
+    @jax.jit
+    def tokens(vision: Any, patches: jax.Array) -> jax.Array:
+        tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=nnx.Rngs(0)), vision)
+        return tower(rows_of(patches, levels_of(pixels), config.vision.merge))
+
+    def look(vision: Any, pictures: np.ndarray) -> np.ndarray:
+        patches = np.stack([cut_patches(picture[None], pixels) for picture in pictures.reshape(-1, *pictures.shape[2:])])
+        seen = np.asarray(tokens(vision, patches)).astype(np.float16)
+        return seen.reshape(len(pictures), -1, seen.shape[-1])
+
+    return look

@@ -12,7 +12,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-RATE, WARMUP, CLIP = 2e-3, 0.05, 1.0
+from blm_jax.evaluate.world.talk.recipe import Part
+
+WARMUP, CLIP = 0.05, 1.0
 TOLD = 50  # steps between those whose losses are told
 
 Losses = dict[str, jax.Array]
@@ -24,13 +26,13 @@ def fitted(
     state: Any,
     fixed: Any,
     batch: Callable[[np.random.Generator], Any],
-    steps: int,
+    part: Part,
     seed: int,
     what: str,
 ) -> tuple[Any, Log]:
-    """`state` after so many steps that make `loss(state, fixed, batch)` small, and the losses on the way."""
+    """`state` after a part's steps, which make `loss(state, fixed, batch)` small, and the losses on the way."""
     state = jax.tree.map(jnp.copy, state)  # a step uses up what it is given
-    rate = optax.warmup_cosine_decay_schedule(0, RATE, int(WARMUP * steps), steps)
+    rate = optax.warmup_cosine_decay_schedule(0, part.rate, int(WARMUP * part.steps), part.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, b2=0.98, weight_decay=0.01))
     moments = optimizer.init(state)
 
@@ -41,7 +43,7 @@ def fitted(
         return optax.apply_updates(state, updates), moments, told
 
     draw, log = np.random.default_rng(seed), []
-    bar = tqdm(range(steps), unit=" steps", desc=what, disable=None)
+    bar = tqdm(range(part.steps), unit=" steps", desc=what, disable=None)
     for number in bar:
         state, moments, told = step(state, moments, fixed, batch(draw))
         if (number + 1) % TOLD == 0:

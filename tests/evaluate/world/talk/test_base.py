@@ -18,6 +18,7 @@ from blm_jax.config import ComputeConfig
 from blm_jax.data.chat import load_tokenizer
 from blm_jax.evaluate.world.talk import base, eyes, fitting
 from blm_jax.evaluate.world.talk.questions import Asker
+from blm_jax.evaluate.world.talk.recipe import Part
 from blm_jax.evaluate.world.talk.stills import stills
 from blm_jax.models.layers import unstack
 from blm_jax.models.mllm import with_params
@@ -71,11 +72,9 @@ def test_what_is_said_here_are_words_and_not_letters(untrained: Path) -> None:
 def test_eyes_learn(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few scenes seen often: their colours are told, and where things are; but for eyes and words all stays as it was."""
     monkeypatch.setattr(fitting, "TOLD", 20)
-    for name, number in {"SCENES": 16, "BATCH": 8, "EPOCHS": 40}.items():
-        monkeypatch.setattr(eyes, name, number)
     config = read_config(untrained)
     params = base.drawn(config, 0)
-    learned, log = eyes.learn(params, config, base.PIXELS, base.spoken(base.tokenizer(0)), 0)
+    learned, log = eyes.learn(params, config, base.PIXELS, base.spoken(base.tokenizer(0)), Part(scenes=16, batch=8, steps=80, rate=2e-3), 0)
     first, last = log[0], log[-1]
     assert last["colour"] < 0.5 * first["colour"] and last["place"] < 0.8 * first["place"]
     assert last["there"] < first["there"] and last["numbers"] < 0.9 * first["numbers"]
