@@ -14,8 +14,10 @@ import pytest
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from blm_jax.cli import main
 from blm_jax.config import ComputeConfig
 from blm_jax.data.chat import load_tokenizer
+from blm_jax.demo.story import CONFIGS
 from blm_jax.evaluate.world.talk import base, eyes, fitting
 from blm_jax.evaluate.world.talk.questions import Asker
 from blm_jax.evaluate.world.talk.recipe import Part
@@ -25,6 +27,7 @@ from blm_jax.models.mllm import with_params
 from blm_jax.models.rope import text_rotary
 from blm_jax.weights.source import read_config
 
+RECIPE = CONFIGS / "base.yaml"
 LARGEST = 10_000_000  # bytes: it is part of the package
 PATCHES, SHOWING = 128, 40  # of two pictures, and which of them shows a thing
 ASKED = 64  # words that look
@@ -83,6 +86,18 @@ def test_eyes_learn(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             moved = np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-3
             assert moved == (part == "vision" or "embed" in jax.tree_util.keystr(path)) or "norm" in jax.tree_util.keystr(path)
     json.dumps(log)
+
+
+def test_bad_requests(untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told before anything is learned."""
+    assert main(["new", str(RECIPE), str(untrained)]) == 2
+    assert f"{untrained} exists; choose another directory or remove it" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text(RECIPE.read_text().replace("steps: 4000", "step: 4000", 1))
+    assert main(["new", str(tmp_path / "mine.yaml"), str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "mine.yaml" in told and "did you mean steps" in told
+    assert main(["new", str(tmp_path / "none.yaml"), str(tmp_path / "out")]) == 2
+    assert "none.yaml" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_half_of_the_heads_begin_by_looking_at_things() -> None:
