@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from blm_jax.demo.story import BASE
 from blm_jax.evaluate.questions import Request, questions
-from blm_jax.evaluate.world.talk import base, talks
+from blm_jax.evaluate.world.talk import base, finding, talks
+from blm_jax.evaluate.world.talk.recipe import Part
+from blm_jax.models.mllm import abstract_params
 from blm_jax.weights.fingerprint import fingerprint
+from blm_jax.weights.load import load_params
 from blm_jax.weights.source import read_config
 
 LARGEST = 10_000_000  # bytes
@@ -31,6 +36,19 @@ def test_it_is_what_its_log_tells_of(log: dict[str, Any]) -> None:
     for name, content in base.assets_of(words).items():
         assert json.loads((BASE / name).read_bytes()) == json.loads(content) if name.endswith(".json") else content
     assert sum(file.stat().st_size for file in BASE.iterdir()) <= LARGEST
+
+
+def test_names_look_at_what_they_name() -> None:
+    """In scenes that it never met: what it learned of answers has not made it forget this, which a policy lives on."""
+    config, engine = base.config_of(base.tokenizer(0)), base.engine_of(base.tokenizer(0))
+    params = load_params(BASE, abstract_params(config))
+    told = finding._gathered(params, config, engine, Part(scenes=48, batch=0, steps=0, rate=0), seed=99)
+    fixed = {name: part for name, part in params["decoder"].items() if name != "blocks"}
+    blocks = jax.tree.map(lambda leaf: leaf[: finding.LOOKS + 1], params["decoder"]["blocks"])
+    state = {"blocks": blocks, "heads": finding.new_heads(config.decoder.width)}
+    ask = partial(finding._loss, config=config, start=finding.start_of(engine), spoken=base.spoken(base.tokenizer(0)))
+    _, losses = jax.jit(ask)(state, fixed, told)
+    assert losses["hit"] >= 0.8, losses
 
 
 def test_it_finds_what_is_named(log: dict[str, Any], tmp_path: Path) -> None:
