@@ -82,7 +82,7 @@ def test_texts_name_what_is_there() -> None:
             for cell, camera in zip(named.looks[i], view.CAMERAS.values(), strict=True):
                 place = named.place[i] * eyes.REACH + eyes.PALM * (word == "fork")
                 found, _ = render.project(camera, place.astype(np.float32), view.SIZE)
-                assert cell < 0 or tuple(np.int32(found / base.PIXELS.patch)) == (cell % side, cell // side)
+                assert cell < 0 or (found // base.PIXELS.patch).tolist() == [cell % side, cell // side]
                 shown += cell >= 0
     assert (kinds >= 30).all(), kinds
     assert shown > 1.8 * (kinds[0] + kinds[1])  # few are hidden from a camera
