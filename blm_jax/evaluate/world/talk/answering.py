@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from blm_jax.config import BackboneConfig, ComputeConfig
@@ -22,7 +23,7 @@ from blm_jax.data.prompt import PromptEngine, user_turn
 from blm_jax.evaluate.world.talk import finding
 from blm_jax.evaluate.world.talk.eyes import Spoken
 from blm_jax.evaluate.world.talk.finding import COMPARES, LOOKS, Heads, Read, Start
-from blm_jax.evaluate.world.talk.fitting import Log, fitted
+from blm_jax.evaluate.world.talk.fitting import Log, fitted, mean_where
 from blm_jax.evaluate.world.talk.naming import Named, named, nothing, spelled
 from blm_jax.evaluate.world.talk.questions import Asker, descriptions
 from blm_jax.evaluate.world.talk.recipe import Recipe
@@ -31,7 +32,6 @@ from blm_jax.evaluate.world.talk.talks import sentences
 from blm_jax.models.attention import attend
 from blm_jax.models.decoder import Decoder
 from blm_jax.models.layers import around, unstack
-from blm_jax.train.loss import cross_entropy
 
 LENGTH, NAMES = 256, 40  # tokens of a conversation, and names in it, at most
 TURNS, EACH = 12, 3  # questions about a scene, and of a type
@@ -89,15 +89,13 @@ def _loss(
             reads[number] = finding.read(block, x, (q, k, v), at, config.decoder.norm_eps)
         x = block.finish(x, attend(q, k, v, segments, causal=True, packed=True, implementation=block.attention))
 
-    ends = model.norm(x[:, start.length - 1 : -1]).reshape(-1, x.shape[-1])
-    answers = rows.answers.reshape(-1)
-    total, each = cross_entropy(ends, model.head_kernel(), rows.tokens.reshape(-1), jnp.asarray(answers, jnp.float32))
+    each = optax.softmax_cross_entropy_with_integer_labels(model.logits(x[:, start.length - 1 : -1]), jnp.asarray(rows.tokens))
     words = jax.lax.stop_gradient(model.embed.embedding[...])
     found, told = finding.finds(reads[LOOKS], rows.named, state["heads"], words, start, spoken)
     compared, more = finding.compares(reads[COMPARES], rows.named, state["heads"], start)
-    plain = answers & jnp.repeat(jnp.asarray(rows.alone), rows.tokens.shape[1])
-    of_scenes, of_sentences = (jnp.sum(each * some) / jnp.maximum(jnp.sum(some), 1) for some in (answers & ~plain, plain))
-    loss = total / jnp.sum(answers) + keep * (found + compared)
+    answers, alone = jnp.asarray(rows.answers), jnp.asarray(rows.alone)[:, None]
+    of_scenes, of_sentences = (mean_where(answers & some, each) for some in (~alone, alone))
+    loss = mean_where(answers, each) + keep * (found + compared)
     return loss, {"answers": of_scenes, "sentences": of_sentences, **told, **more}
 
 
