@@ -53,7 +53,8 @@ def save(code):
 signal.signal(signal.SIGTERM, lambda *_: save(143))
 try:
     os.write(log, b"started\\n")
-    time.sleep(20)
+    for _ in range(2000):
+        time.sleep(0.01)  # Python does not notice a signal that comes just before it sleeps
 except KeyboardInterrupt:
     save(130)
 """
