@@ -114,8 +114,7 @@ def new(args: argparse.Namespace, process: int) -> Result:
 
     result = {"out": args.out, "log": write_base(args.out, read(Recipe, args.recipe), args.seed)}
     if process == 0 and not args.json:
-        last = result["log"]["answering"][-1:]
-        say(f"{args.out}: it sees, finds and answers" + "".join(f"; the last words' loss is {one['answers']:.2f}" for one in last))
+        say(f"{args.out}: it sees, finds and answers")
     return result
 
 

@@ -86,7 +86,7 @@ def _loss(
     for number, block in enumerate(unstack(model.blocks)):
         q, k, v = block.project(x, rotary)
         if number in (LOOKS, COMPARES):
-            reads[number] = finding.read(block, x, (q, k, v), at, config.decoder.norm_eps)
+            reads[number] = finding.at_names(block, x, (q, k, v), at, config.decoder.norm_eps)
         x = block.finish(x, attend(q, k, v, segments, causal=True, packed=True, implementation=block.attention))
 
     each = optax.softmax_cross_entropy_with_integer_labels(model.logits(x[:, start.length - 1 : -1]), jnp.asarray(rows.tokens))
@@ -129,7 +129,7 @@ class Writer:
     def __init__(self, engine: PromptEngine):
         self._engine, self._spelling, self._side = engine, spelled(engine.tokenizer.backend), finding.side_of(engine)
         # What the template says before a user's words: where there are pictures, it has said that before them.
-        self._head = len(engine.tokenizer.encode("<|im_start|>user\n"))
+        self._head = int(np.argmax(finding.start_of(engine).tokens == engine.config.tokens.vision_start))
 
     def __call__(self, turns: Sequence[Turn], still: Still | None, draw: random.Random) -> Rows:
         messages: list[dict[str, Any]] = []

@@ -68,6 +68,7 @@ def write_untrained(path: epath.PathLike, seed: int = 0) -> None:
 
 def write_base(path: epath.PathLike, recipe: Recipe, seed: int = 0) -> dict[str, Log]:
     """The same, but that it has learned to see (`eyes`), to find what is named (`finding`), and to answer. Losses on the way."""
+    recipe.check()
     if open_path(path).exists():  # before hours of learning, and not behind them
         raise RequestError(f"{path} exists; choose another directory or remove it")
     words = tokenizer(seed)

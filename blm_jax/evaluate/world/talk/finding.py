@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ class Read(NamedTuple):
     looks: Callable[[int, Any], jax.Array]  # of a head, at some tokens: log [rows, names, tokens]
 
 
-def read(block: DecoderBlock, x: jax.Array, projected: tuple[jax.Array, ...], at: jax.Array, norm_eps: float) -> Read:
+def at_names(block: DecoderBlock, x: jax.Array, projected: tuple[jax.Array, ...], at: jax.Array, norm_eps: float) -> Read:
     """Of tokens x [rows, tokens, width] and what a block projects them to: what the names at `at` [rows, names] make of it, alone."""
     q, k, v = projected
     x, q = jnp.take_along_axis(x, at[..., None], axis=1), jnp.take_along_axis(q, at[..., None, None], axis=1)
@@ -130,20 +131,15 @@ def _loss(
     state: Any, fixed: Any, told: Told, *, config: BackboneConfig, start: Start, spoken: Spoken
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """All tokens up to the block that looks, and in that the names alone, as nothing comes after it."""
-    parts = {**fixed, "blocks": _whole(state["blocks"], config.decoder.layers)}
-    model = around(lambda: Decoder(config.decoder, ComputeConfig(), rngs=nnx.Rngs(0)), parts)
+    first = replace(config.decoder, layers=LOOKS + 1)
+    model = around(lambda: Decoder(first, ComputeConfig(), rngs=nnx.Rngs(0)), {**fixed, "blocks": state["blocks"]})
     x, rotary = begun(model, told.seen, told.tokens, start, config)
     segments = jnp.ones(x.shape[:2], jnp.int32)
-    *before, block = unstack(model.blocks)[: LOOKS + 1]
+    *before, block = unstack(model.blocks)
     for earlier in before:
         x, _ = earlier(x, rotary, segments)
-    found = read(block, x, block.project(x, rotary), start.length + jnp.asarray(told.named.token), config.decoder.norm_eps)
+    found = at_names(block, x, block.project(x, rotary), start.length + jnp.asarray(told.named.token), config.decoder.norm_eps)
     return finds(found, told.named, state["heads"], fixed["embed"]["embedding"], start, spoken)
-
-
-def _whole(blocks: Any, layers: int) -> Any:
-    """Filled up with blocks that nothing asks for."""
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, layers - len(leaf)), *((0, 0),) * (leaf.ndim - 1))), blocks)
 
 
 def begun(model: Decoder, seen: Any, tokens: Any, start: Start, config: BackboneConfig, first: Any = None) -> tuple[jax.Array, Rotary]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blm_jax.errors import RequestError
+
 
 @dataclass(frozen=True)
 class Part:
@@ -19,3 +21,10 @@ class Recipe:
     finding: Part
     answering: Part
     keep_finding: float  # how much finding's losses weigh beside that of answers
+
+    def check(self) -> None:
+        for name, part in (("eyes", self.eyes), ("finding", self.finding), ("answering", self.answering)):
+            if not (1 <= part.batch <= part.scenes and part.steps >= 1 and part.rate > 0):
+                raise RequestError(f"{name}: {part} cannot be learned from: batch is from 1 to scenes, steps at least 1, rate above 0")
+        if self.keep_finding < 0:
+            raise RequestError(f"keep_finding: {self.keep_finding} is less than 0: it weighs losses")

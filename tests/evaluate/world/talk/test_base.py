@@ -96,6 +96,9 @@ def test_bad_requests(untrained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["new", str(tmp_path / "mine.yaml"), str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "mine.yaml" in told and "did you mean steps" in told
+    (tmp_path / "mine.yaml").write_text(RECIPE.read_text().replace("batch: 32", "batch: 32000", 1))
+    assert main(["new", str(tmp_path / "mine.yaml"), str(tmp_path / "out")]) == 2
+    assert "eyes: " in (told := capsys.readouterr().err) and "batch is from 1 to scenes" in told
     assert main(["new", str(tmp_path / "none.yaml"), str(tmp_path / "out")]) == 2
     assert "none.yaml" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
