@@ -69,10 +69,11 @@ def picture(shapes: Shapes, camera: Camera, size: int) -> jax.Array:
 
 
 def _picture(kinds: Sequence[Kind], camera: Camera, size: int) -> jax.Array:
-    origin, rays = _rays(camera, size)
+    origin, rays = _rays(camera, size, SAMPLES)
     colour, light, place = _seen(kinds, origin, rays)
     bright = AMBIENT + light * WRAP + jnp.where(_in_shadow(kinds, place), 0, jnp.maximum(light, 0) * SUN)
-    pixels = [jnp.mean(jnp.clip(channel * bright, 0, 1).reshape(len(SAMPLES), size, size), axis=0) for channel in colour]
+    _, channels = _with_signs(kinds, origin, rays, jnp.zeros_like(bright), tuple(jnp.clip(channel * bright, 0, 1) for channel in colour))
+    pixels = [jnp.mean(channel.reshape(len(SAMPLES), size, size), axis=0) for channel in channels]
     return jnp.round(jnp.stack(pixels, axis=-1) * 255).astype(jnp.uint8)
 
 
@@ -98,15 +99,16 @@ def pictures(shapes: Shapes, camera: Camera, size: int) -> jax.Array:
 def first_seen(shapes: Shapes, camera: Camera, size: int) -> tuple[jax.Array, jax.Array]:
     """Which shape the first ray of each pixel meets, and how far away, both [size, size].
 
-    Shapes are numbered: boxes first, then balls, rods and drums; -1 is none of them.
+    Shapes are numbered: boxes first, then balls, rods, drums and signs; -1 is none of them.
     """
-    counts = [len(shapes.box_half), len(shapes.ball_radius), len(shapes.rod_radius), len(shapes.drum_radius)]
+    counts = [len(size) for size in (shapes.box_half, shapes.ball_radius, shapes.rod_radius, shapes.drum_radius, shapes.sign_radius)]
     numbers = jnp.split(jnp.arange(sum(counts), dtype=jnp.float32)[:, None], np.cumsum(counts[:-1]))
-    origin, rays = _rays(camera, size)
-    (seen,), _, place = _seen(_kinds(shapes, numbers), origin, rays)
+    origin, rays = _rays(camera, size, SAMPLES[:1])
+    kinds = _kinds(shapes, numbers)
+    seen, _, place = _seen(kinds, origin, rays)
     away = _minus(place, origin)
-    seen, distance = (array.reshape(len(SAMPLES), size, size)[0] for array in (seen, jnp.sqrt(_dot(away, away)) + LIFT))
-    return seen.astype(jnp.int32), distance
+    distance, (seen,) = _with_signs(kinds, origin, rays, jnp.sqrt(_dot(away, away)) + LIFT, seen)
+    return seen.reshape(size, size).astype(jnp.int32), distance.reshape(size, size)
 
 
 def project(camera: Camera, points: Any, size: int) -> tuple[Any, Any]:
@@ -129,7 +131,7 @@ def look_at(camera: Camera, numpy: Any = jnp) -> tuple[Any, Any, Any]:
 # --- rays ----------------------------------------------------------------------------------------------------------------
 
 
-def _rays(camera: Camera, size: int) -> tuple[V, V]:
+def _rays(camera: Camera, size: int, samples: Sequence[tuple[float, float]]) -> tuple[V, V]:
     """Where all begin, and where each goes [samples * rows * columns], at unit length."""
     # A camera that is a constant is kept from being folded in: that rounds otherwise, and some pixels would differ by a level.
     camera = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, camera))
@@ -137,7 +139,7 @@ def _rays(camera: Camera, size: int) -> tuple[V, V]:
     half = jnp.tan(camera.field / 2)
     steps = np.arange(size)
     down, along = [
-        np.concatenate([np.broadcast_to(grid + at[i], (size, size)).ravel() for at in SAMPLES])
+        np.concatenate([np.broadcast_to(grid + at[i], (size, size)).ravel() for at in samples])
         for i, grid in ((0, steps[:, None]), (1, steps))
     ]
     right, up = jnp.asarray(2 * along / size - 1, jnp.float32) * half, jnp.asarray(1 - 2 * down / size, jnp.float32) * half
@@ -169,6 +171,20 @@ def _seen(kinds: Sequence[Kind], origin: V, rays: V) -> tuple[tuple[jax.Array, .
     return paint, light, _along(origin, rays, distance - LIFT)
 
 
+def _with_signs(
+    kinds: Sequence[Kind], origin: V, rays: V, distance: jax.Array, paint: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """How far away what rays meet is, and its paint, with signs before all of it."""
+    signs = kinds[len(MEET)]
+
+    def before(i: jax.Array, behind: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        near, _ = _meet_ball([part[i] for part in signs.shape], origin, rays)
+        painted = tuple(jnp.where(near < FAR, signs.paint[i, channel], old) for channel, old in enumerate(behind[1]))
+        return jnp.where(near < FAR, near, behind[0]), painted
+
+    return jax.lax.fori_loop(0, signs.count, before, (distance, paint)) if signs.paint.size else (distance, paint)
+
+
 def _ground(place: V, is_ground: jax.Array) -> tuple[jax.Array, ...]:
     """The colours of the table, of what is around it, and of the wall behind all."""
     (left, right), (near, far) = TABLE
@@ -197,16 +213,17 @@ def _in_shadow(kinds: Sequence[Kind], place: V) -> jax.Array:
 
 
 def _coloured(shapes: Shapes) -> list[Kind]:
-    return _kinds(shapes, (shapes.box_colour, shapes.ball_colour, shapes.rod_colour, shapes.drum_colour))
+    return _kinds(shapes, (shapes.box_colour, shapes.ball_colour, shapes.rod_colour, shapes.drum_colour, shapes.sign_colour))
 
 
 def _kinds(shapes: Shapes, paints: Sequence[jax.Array]) -> list[Kind]:
-    """In the order of MEET."""
+    """In the order of MEET, and signs."""
     kinds = (
         ((shapes.box_centre, shapes.box_rotation, shapes.box_half), jnp.min(shapes.box_half, axis=1, initial=jnp.inf)),
         ((shapes.ball_centre, shapes.ball_radius), shapes.ball_radius),
         ((shapes.rod_start, shapes.rod_end, shapes.rod_radius), shapes.rod_radius),
         ((shapes.drum_centre, shapes.drum_radius, shapes.drum_half), jnp.minimum(shapes.drum_radius, shapes.drum_half)),
+        ((shapes.sign_centre, shapes.sign_radius), shapes.sign_radius),
     )
     made = []
     for (shape, size), paint in zip(kinds, paints, strict=True):
@@ -217,8 +234,8 @@ def _kinds(shapes: Shapes, paints: Sequence[jax.Array]) -> list[Kind]:
 
 
 def _some(kinds: Sequence[Kind]) -> list[tuple[Callable, Kind]]:
-    """Without those that no scene has."""
-    return [(meet, kind) for meet, kind in zip(MEET, kinds, strict=True) if kind.paint.size]
+    """Without signs, and those that no scene has."""
+    return [(meet, kind) for meet, kind in zip(MEET, kinds[: len(MEET)], strict=True) if kind.paint.size]
 
 
 def _meet_box(box: Sequence[jax.Array], origin: V, ray: V) -> tuple[jax.Array, jax.Array]:

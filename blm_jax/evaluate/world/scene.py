@@ -88,3 +88,6 @@ class Shapes(NamedTuple):
     drum_radius: jax.Array  # [drums]
     drum_half: jax.Array  # [drums] height
     drum_colour: jax.Array  # [drums, 3]
+    sign_centre: jax.Array  # [signs, 3] balls of light, which are not there: nothing hides or shades them, and they cast no shadow
+    sign_radius: jax.Array  # [signs]
+    sign_colour: jax.Array  # [signs, 3]

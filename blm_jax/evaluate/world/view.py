@@ -3,7 +3,7 @@
 Both cameras look closely: at a field of view of 90 degrees a cube is four pixels wide, too few to say where it is. The first looks at the
 robot from across the table and tells height and y; the second, from the robot's right, height and x. Both look from low down, because a
 hand that comes from above covers a cube from above. All that the tasks lay out is in both, but for the outermost of StackCube's, which the
-first cuts off.
+first cuts off. A goal in the air is a sign and no body: ManiSkill tells it as a number, so nothing may hide it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAD_COLOUR = (0.1, 0.1, 0.12)
 BIN_COLOUR = (0.45, 0.33, 0.22)
 GOAL_COLOUR = (0.6, 1.0, 0.15)  # of no body
 TARGET_COLOUR = (0.95, 0.95, 0.95)
-GOAL_RADIUS = 0.02
+GOAL_RADIUS = 0.015  # a cube is seen around it
 TARGET_HALF = 0.001  # of the height of a target, which is as wide as its task allows
 PEDESTAL = (1.5, 0.02)  # radii of the first link, and half its height
 
@@ -105,7 +105,7 @@ def bar_shapes(ends: jax.Array, girth: jax.Array, colour: jax.Array) -> Shapes:
 
 
 def place_shapes(setting: Setting) -> Shapes:
-    """Bin and goal: a small ball in the air, or a disc on the table where a body is to be pushed."""
+    """Bin and goal: a sign in the air, or a disc on the table where a body is to be pushed."""
     in_air = setting.goal_seen & (setting.goal[2] > 0)
     on_table = setting.goal_seen & (setting.goal[2] <= 0)
     walls = len(BIN_HALVES)
@@ -115,9 +115,9 @@ def place_shapes(setting: Setting) -> Shapes:
         box_rotation=jnp.broadcast_to(jnp.eye(3), (walls, 3, 3)),
         box_half=jnp.asarray(BIN_HALVES) * setting.has_bin,
         box_colour=jnp.broadcast_to(jnp.asarray(BIN_COLOUR), (walls, 3)),
-        ball_centre=setting.goal[None],
-        ball_radius=(GOAL_RADIUS * in_air)[None],
-        ball_colour=jnp.asarray([GOAL_COLOUR]),
+        sign_centre=setting.goal[None],
+        sign_radius=(GOAL_RADIUS * in_air)[None],
+        sign_colour=jnp.asarray([GOAL_COLOUR]),
         drum_centre=jnp.stack([flat + jnp.array([0, 0, high * TARGET_HALF]) for high in (1, 3)]),
         drum_radius=jnp.array([REACHED, REACHED / 4]) * on_table,
         drum_half=jnp.full(2, TARGET_HALF),
@@ -129,6 +129,7 @@ def _only(**given: jax.Array) -> Shapes:
     """These shapes and none of other kinds."""
     kinds = {"box": {"centre": (3,), "rotation": (3, 3), "half": (3,)}, "ball": {"centre": (3,), "radius": ()}}
     kinds |= {"rod": {"start": (3,), "end": (3,), "radius": ()}, "drum": {"centre": (3,), "radius": (), "half": ()}}
+    kinds["sign"] = kinds["ball"]
     empty = {f"{kind}_{name}": jnp.zeros((0, *form)) for kind, names in kinds.items() for name, form in {**names, "colour": (3,)}.items()}
     return Shapes(**{**empty, **given})
 
@@ -137,9 +138,10 @@ def numbers(one: Shapes) -> dict[str, tuple[int, ...]]:
     """Which shapes of an episode each body is, and the goal, by the numbers that `render.first_seen` gives."""
     balls = len(one.box_half)
     drums = balls + len(one.ball_radius) + len(one.rod_radius)
+    signs = drums + len(one.drum_radius)
     hand = 3  # boxes that come before the bodies', as the foot comes before the target
     bodies = {f"body {i}": (hand + i, balls + i) for i in range(BODIES)}
-    return bodies | {"goal": (balls + BODIES, drums + 1, drums + 2)}
+    return bodies | {"goal": (drums + 1, drums + 2, signs)}
 
 
 def tiled(rows: Sequence[Sequence[np.ndarray]] | np.ndarray, gap: int = 2) -> np.ndarray:

@@ -22,7 +22,7 @@ CAMERA = Camera(
 SUNWARD = np.array(TO_SUN, np.float64)
 
 
-def random_scene(seed: int, boxes: int = 3, balls: int = 3, rods: int = 3, drums: int = 2) -> Shapes:
+def random_scene(seed: int, boxes: int = 3, balls: int = 3, rods: int = 3, drums: int = 2, signs: int = 2) -> Shapes:
     random = np.random.default_rng(seed)
 
     def places(count: int) -> np.ndarray:
@@ -40,6 +40,7 @@ def random_scene(seed: int, boxes: int = 3, balls: int = 3, rods: int = 3, drums
         *(places(balls), sizes(balls), tints(balls)),
         *(places(rods), places(rods), sizes(rods), tints(rods)),
         *(places(drums), sizes(drums), sizes(drums), tints(drums)),
+        *(places(signs), sizes(signs), tints(signs)),
     )
     return Shapes(*(f32(array) for array in given))
 
@@ -118,6 +119,16 @@ def march(shapes: Shapes, start: np.ndarray, rays: np.ndarray, floor: bool) -> t
     return np.where(hit, shape.argmin(-1), -1), np.where(hit, gone, far)
 
 
+def signs_before(shapes: Shapes, start: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of signs alone: which one is in front, the last one where there are more, -1 for none; and how far away it begins."""
+    number, far = np.full(rays.shape[:-1], -1), np.full(rays.shape[:-1], np.inf)
+    for i, (centre, radius) in enumerate(zip(shapes.sign_centre, shapes.sign_radius, strict=True)):
+        along = (f64(centre) - start) @ np.moveaxis(rays, -1, -2)
+        room = float(radius) ** 2 - np.sum((f64(centre) - start - along[..., None] * rays) ** 2, axis=-1)
+        number, far = np.where(room > 0, i, number), np.where(room > 0, along - np.sqrt(np.maximum(room, 0)), far)
+    return number, far
+
+
 def away_from_edges(numbers: np.ndarray) -> np.ndarray:
     """Pixels whose neighbours show the same."""
     padded = np.pad(numbers, 1, mode="edge")
@@ -131,8 +142,11 @@ def away_from_edges(numbers: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("i", range(SCENES))
 def test_rays_meet_what_marching_meets(i: int) -> None:
     numbers, far = march(scene(i), f64(CAMERA.position), pinhole(SAMPLES[0]), floor=True)
+    sign, sign_far = signs_before(scene(i), f64(CAMERA.position), pinhole(SAMPLES[0]))
+    others = distances(scene(i), np.zeros(3)).shape[-1]
+    numbers, far = np.where(sign >= 0, others + sign, numbers), np.where(sign >= 0, sign_far, far)
     ours, our_far = seen()[0][i], seen()[1][i]
-    assert len(np.unique(numbers)) > 5
+    assert len(np.unique(numbers)) > 5 and (sign >= 0).sum() > 8
     inner = away_from_edges(numbers)
     assert inner.mean() > 0.5
     np.testing.assert_array_equal(ours[inner], numbers[inner])
@@ -149,7 +163,8 @@ def test_the_table_is_dark_where_the_way_to_the_sun_is_barred(i: int) -> None:
         rays = pinhole(sample)
         numbers, far = march(scene(i), start, rays, floor=True)
         place = start + far[..., None] * rays
-        on_table = (numbers < 0) & (np.abs(place[..., 0]) < 0.5) & (np.abs(place[..., 1]) < 0.5)
+        nothing = (numbers < 0) & (signs_before(scene(i), start, rays)[0] < 0)
+        on_table = nothing & (np.abs(place[..., :2]) < 0.5).all(-1)
         table &= on_table
         shaded, _ = march(scene(i), np.where(on_table[..., None], place, 9), np.broadcast_to(SUNWARD, rays.shape), floor=False)
         dark.append(shaded >= 0)
@@ -171,6 +186,18 @@ def test_a_face_is_as_bright_as_its_angle_to_the_sun_says() -> None:
         (column, row), _ = render.project(CAMERA, f32(middle), SIZE)
         expected = 255 * 0.5 * (AMBIENT + (WRAP + SUN) * SUNWARD[normal])
         assert picture[int(row), int(column)] == pytest.approx(np.full(3, expected), abs=0.51)
+
+
+def test_a_sign_is_its_colour_whatever_is_before_it_and_casts_no_shadow() -> None:
+    hidden = empty()._replace(
+        box_centre=f32([[0.1, 0, 0.15]]), box_rotation=f32([np.eye(3)]), box_half=f32([[0.1, 0.2, 0.15]]), box_colour=f32([[0.5, 0.5, 0.5]])
+    )
+    signed = hidden._replace(sign_centre=f32([[0, 0, 0.1]]), sign_radius=f32([0.05]), sign_colour=f32([[0.2, 0.8, 0.4]]))
+    without, picture = (np.asarray(render.picture(shapes, CAMERA, SIZE)).astype(int) for shapes in (hidden, signed))
+    (column, row), _ = render.project(CAMERA, f32([0, 0, 0.1]), SIZE)
+    np.testing.assert_array_equal(picture[int(row), int(column)], [51, 204, 102])
+    rows, columns = np.nonzero((picture != without).any(-1))
+    assert np.hypot(rows + 0.5 - row, columns + 0.5 - column).max() < 4 < len(rows) < 50
 
 
 def test_points_are_seen_where_they_project_to() -> None:
@@ -200,6 +227,7 @@ def test_what_has_no_size_is_not_seen() -> None:
         ball_radius=0 * ghosts.ball_radius,
         rod_radius=0 * ghosts.rod_radius,
         drum_radius=0 * ghosts.drum_radius,
+        sign_radius=0 * ghosts.sign_radius,
     )
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), plain, ghosts)
     np.testing.assert_array_equal(np.asarray(jax.jit(lambda shapes: render.picture(shapes, CAMERA, SIZE))(both)), pictured()[0])
@@ -221,4 +249,4 @@ def f64(numbers: Any) -> np.ndarray:
 
 
 def empty() -> Shapes:
-    return random_scene(0, 0, 0, 0, 0)
+    return random_scene(0, 0, 0, 0, 0, 0)

@@ -51,6 +51,8 @@ def test_every_body_is_seen_well_by_one_camera_at_least() -> None:
         assert (count >= 12).mean() >= 0.99
     targets = setting.goal_seen & ((setting.task == tasks.PUSH) | (setting.task == tasks.PULL))
     assert (np.isin(seen()[targets], numbers["goal"]).sum((-1, -2)) >= 100).all()
+    signs = setting.goal_seen & (setting.task == tasks.PICK)
+    assert signs.any() and (np.isin(seen()[signs], numbers["goal"]).sum((-1, -2)) >= 12).all()  # by every camera
 
 
 def test_all_that_tasks_lay_out_is_within_the_pictures() -> None:
@@ -111,7 +113,7 @@ def test_the_bin_and_goals_are_shown_where_there_are_some() -> None:
     first = np.flatnonzero(setting.has_bin)[0]
     corners = np.abs(made.box_centre[first, 3 + BODIES :] - setting.bin[first]) + made.box_half[first, 3 + BODIES :]
     np.testing.assert_allclose(corners.max(0)[:2], BIN_BLOCK[:2], atol=1e-6)
-    assert ((made.ball_radius[:, BODIES] > 0) == (setting.task == tasks.PICK)).all()
+    assert ((made.sign_radius[:, 0] > 0) == (setting.task == tasks.PICK)).all()
     assert ((made.drum_radius[:, 1] > 0) == np.isin(setting.task, (tasks.PUSH, tasks.PULL))).all()
 
 

@@ -34,6 +34,7 @@ BATCH = 96  # scenes at a time
 AREA = ((-0.18, 0.18), (-0.22, 0.22))  # x and y of what hands are brought to
 WIDE = ((-0.3, 0.18), (-0.22, 0.22))  # of loose things: WidowX picks up far ones
 MARK_HIGH = (0.03, 0.34)  # of marks in the air
+NEAR_MARK = 0.1  # from one, at most, what is carried to it
 APART = 0.075  # metres between middles
 SEEN = 12  # pixels of what is seen: of each thing in the first picture
 FREE = 4  # pixels from the picture's edge, at least
@@ -149,9 +150,10 @@ def drawn(setting: Setting, state: State, extras: Extras, may_have_arms: bool = 
     def sizes(shapes: Shapes, camera: render.Camera) -> jax.Array:
         seen, _ = render.first_seen(shapes, camera, view.SIZE)
         boxes, others = len(shapes.box_half), len(shapes.ball_radius) + len(shapes.rod_radius)
+        signs = boxes + others + len(shapes.drum_radius)
         places = [(i, boxes + i) for i in range(BODIES)]
         places += [(BODIES + i, boxes + BODIES + i, boxes + others + i) for i in range(LOOSE)]
-        places.append((boxes + BODIES + LOOSE, boxes + others + LOOSE, boxes + others + LOOSE + 1))
+        places.append((boxes + others + LOOSE, boxes + others + LOOSE + 1, signs))
         return jnp.stack([sum((jnp.sum(seen == number) for number in place), jnp.int32(0)) for place in places])
 
     shapes, left, tools, done = jax.vmap(arranged)(setting, state, extras)
@@ -365,8 +367,11 @@ class _Draft:
         if (there := np.flatnonzero(self.extras.kind != NOTHING)).size and random.random() < 0.6:
             number, is_above = int(random.choice(there)), random.random() < 0.4
             apart = random.uniform(0.06, 0.1)
-            if not is_above and random.random() < 0.4:  # carried
+            if not is_above and random.random() < 0.4:  # carried, as often as not to a mark
                 self.extras.position[number, 2] += random.uniform(0, MARK_HIGH[1] - 0.06)
+                if self.setting.goal_seen and self.setting.goal[2] > 0 and random.random() < 0.5:
+                    at = self.setting.goal + self._direction() * random.uniform(0, NEAR_MARK)
+                    self.extras.position[number] = np.maximum(at, [-np.inf, -np.inf, self.extras.half[number, 2]])
                 apart = 2 * self.extras.half[number, 1]
             low = self.extras.position[number, 2] - self.extras.half[number, 2]
             tip = self.extras.position[number] * (1, 1, 0) + [0, 0, low + random.uniform(0.005, 0.02) + BESIDE * is_above]

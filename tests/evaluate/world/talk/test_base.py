@@ -92,11 +92,11 @@ def test_bad_requests(untrained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     """Told before anything is learned."""
     assert main(["new", str(RECIPE), str(untrained)]) == 2
     assert f"{untrained} exists; choose another directory or remove it" in capsys.readouterr().err
-    (tmp_path / "mine.yaml").write_text(RECIPE.read_text().replace("steps: 4000", "step: 4000", 1))
+    (tmp_path / "mine.yaml").write_text(RECIPE.read_text().replace("steps: ", "step: ", 1))
     assert main(["new", str(tmp_path / "mine.yaml"), str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "mine.yaml" in told and "did you mean steps" in told
-    (tmp_path / "mine.yaml").write_text(RECIPE.read_text().replace("batch: 32", "batch: 32000", 1))
+    (tmp_path / "mine.yaml").write_text(RECIPE.read_text().replace("batch: ", "batch: 999999", 1))
     assert main(["new", str(tmp_path / "mine.yaml"), str(tmp_path / "out")]) == 2
     assert "eyes: " in (told := capsys.readouterr().err) and "batch is from 1 to scenes" in told
     assert main(["new", str(tmp_path / "none.yaml"), str(tmp_path / "out")]) == 2

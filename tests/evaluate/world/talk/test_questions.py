@@ -94,7 +94,7 @@ def marked(still: Still) -> np.ndarray | None:
         values = picture.astype(float) / 255
         bright = values.max(-1, keepdims=True)
         rows, columns = np.nonzero((np.abs(values / np.maximum(bright, 0.05) - np.array(view.GOAL_COLOUR)) < 0.12).all(-1))
-        if len(rows) < 20 or max(np.ptp(rows), np.ptp(columns)) > 12 or min(rows.min(), columns.min()) == 0:
+        if len(rows) < 12 or max(np.ptp(rows), np.ptp(columns)) > 12 or min(rows.min(), columns.min()) == 0:
             return None
         centres.append(np.array([columns.mean(), rows.mean()]) + 0.5)
     return lines_meet(centres)
