@@ -238,7 +238,7 @@ def data_collect_world(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.evaluate.world.runs import collect
 
     cells = _cells(args)
-    request = collect.Request(args.out, seed=args.seed, noise=args.noise, longest=args.longest, form=args.form, **cells)
+    request = collect.Request(args.out, seed=args.seed, noise=args.noise, every=args.every, form=args.form, **cells)
     result = collect.collect(request)
     if process == 0 and not args.json:
         for cell in result["yield"]:
@@ -262,13 +262,15 @@ def data_features(args: argparse.Namespace, process: int) -> Result:
     from blm_jax.infer import features
 
     changes = AugmentConfig(crop=args.crop, brightness=args.brightness, contrast=args.contrast, saturation=args.saturation)
+    run = None if args.run_file is None else _stage_two_of(args.run_file)
     request = features.Request(
         model=args.model,
         sets=tuple(args.sets),
         robot=args.robot,
         stats=args.stats,
         out=args.out,
-        policy=None if args.run_file is None else _policy_of(args.run_file),
+        policy=None if run is None else run.policy,
+        every=1 if run is None else run.every,
         robots_files=tuple(args.robots_file),
         form=args.form,
         augmentation=Augmentation(changes, args.seed, args.versions),
@@ -288,15 +290,15 @@ def data_features(args: argparse.Namespace, process: int) -> Result:
     return result
 
 
-def _policy_of(file: str) -> Any:
-    """That a run is to train."""
+def _stage_two_of(file: str) -> Any:
+    """Of a run that is to train a new policy."""
     from blm_jax.configfile import load_as
     from blm_jax.recipe import Run
 
     stage_two = load_as(Run, file).stage_two
     if stage_two is None or stage_two.policy is None:
         raise RequestError(f"{file} begins no new policy: it has no stage_two.policy")
-    return stage_two.policy
+    return stage_two
 
 
 def eval_openloop(args: argparse.Namespace, process: int) -> Result:

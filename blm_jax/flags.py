@@ -122,7 +122,7 @@ def _add_data_collect(parser: argparse.ArgumentParser) -> None:
     world.add_argument(
         "--noise", type=float, default=0.005, metavar="RAD", help="of each joint, done but not recorded: it shows ways back (0.005)"
     )
-    world.add_argument("--longest", type=_at_least_one, default=0, metavar="STEPS", help="of a recording: part of an episode (all of it)")
+    world.add_argument("--every", type=_at_least_one, default=1, metavar="STEPS", help="from one look of the cameras to the next (1)")
     world.add_argument("--form", choices=("rlds", "lerobot"), default="rlds", help="of the sets (rlds)")
     world.add_argument("--seed", type=int, default=0, metavar="S", help="of beginnings and noise (0)")
     asked = _command(commands, "questions", data_collect_questions, "about scenes of the embedded world, with their answers")

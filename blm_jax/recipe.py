@@ -112,8 +112,10 @@ class StageTwoConfig:
     changes: ChangesConfig = ChangesConfig()
     instruction_tokens: int = 64  # of the longest instruction
     only: str = ""  # train the rows of this robot alone: all else of the policy stays as it is
+    every: int = 1  # steps from one window of an episode to the next; it divides the robots' horizons
 
     def __post_init__(self) -> None:
+        _check(self.every >= 1, f"every is {self.every}: it must be 1, which takes all, or more")
         _check(any(not one.held_out for one in self.sets), "stage_two.sets has none to learn from")
         _check(not (self.only and self.policy), "stage_two.only trains rows of the base's policy: leave out stage_two.policy")
 

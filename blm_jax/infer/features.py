@@ -64,6 +64,7 @@ class Request:
     form: Form = "bfloat16"
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(versions=1))
     room: int = ROOM
+    every: int = 1  # steps from one frame of an episode to the next
     per_shard: int = 1024  # frames
     workers: int = 0
     chip: str | None = None
@@ -112,7 +113,7 @@ def _open(request: Request) -> Opened:
     survey = read_survey(request.stats, robot)
     if len(set(request.sets)) < len(request.sets):
         raise RequestError("a set is named twice")
-    demonstrations = [open_demonstrations(path, robot, survey) for path in request.sets]
+    demonstrations = [open_demonstrations(path, robot, survey, every=request.every) for path in request.sets]
     for one in demonstrations:
         if not len(one):
             raise RequestError(f"{one.source.path} has no good episode: leave it out")
@@ -298,7 +299,7 @@ def _plan(request: Request, opened: Opened, sets: tuple[FrameSet, ...]) -> Plan:
     config, versions = opened.policy, request.augmentation.versions
     engine, dtype = opened.prompter.engine, request.hardware.compute.dtype
     key = key_of(engine, config, opened.robot, _fingerprint(request.model), request.augmentation, dtype)
-    return Plan(opened.robot.name, key, request.form, config.intent_width, versions, request.per_shard, sets)
+    return Plan(opened.robot.name, key, request.form, config.intent_width, versions, request.per_shard, sets, request.every)
 
 
 def _fingerprint(model: str) -> str:

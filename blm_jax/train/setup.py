@@ -159,7 +159,7 @@ def _open_stage_two(run: Run, stage_two: StageTwoConfig, mesh: Mesh, base: Base)
 
     def rows(sets: Sequence[SetConfig], changes: ChangesConfig) -> MomentRows:
         return open_moments(
-            [_demonstrations(one, files.robots, surveys[f"{one.robot} {one.stats}"], cached) for one in sets],
+            [_demonstrations(one, files.robots, surveys[f"{one.robot} {one.stats}"], cached, stage_two.every) for one in sets],
             statistics,
             policy,
             partial(open_engine, base.path),
@@ -227,9 +227,9 @@ def _policy_of(run: Run, stage_two: StageTwoConfig, before: PolicyFiles | None) 
     return config
 
 
-def _demonstrations(one: SetConfig, robots: Mapping[str, Robot], survey: Survey, cached: bool) -> Demonstrations:
+def _demonstrations(one: SetConfig, robots: Mapping[str, Robot], survey: Survey, cached: bool, every: int) -> Demonstrations:
     robot = find_robot(one.robot, robots)
-    return open_demonstrations(one.path, robot, survey, () if cached else [camera.name for camera in robot.cameras])
+    return open_demonstrations(one.path, robot, survey, () if cached else [camera.name for camera in robot.cameras], every)
 
 
 def _statistics(stage_two: StageTwoConfig, surveys: Mapping[str, Survey], before: PolicyFiles | None) -> dict[str, Statistics]:

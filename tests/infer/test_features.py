@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ from blm_jax.weights.fingerprint import fingerprint
 from blm_jax.weights.policy import PolicyFiles, write_policy
 from blm_jax.weights.source import read_config
 from tests.convert.policy_dirs import make_params
-from tests.data.demos.stage_two import POLICY, ROBOTS, Stage, make_stage
+from tests.data.demos.stage_two import LENGTHS, POLICY, ROBOTS, Stage, make_stage
 from tests.tiny_model import write_tiny_model
 
 TWO = Augmentation(AugmentConfig(crop=0.2, brightness=0.2), seed=1, versions=2)
@@ -175,6 +176,25 @@ def test_a_mesh_and_a_stop_leave_no_trace(
         np.testing.assert_array_equal(places, where)
     with pytest.raises(RequestError, match="out exists; choose another directory"):
         features(request(stage, model, "small", tmp_path / "out"))
+
+
+def test_of_one_step_in_so_many(stage: Stage, model: str, exact: list[Intents], tmp_path: Path) -> None:
+    """The same as of all steps, where they are; and training that begins windows elsewhere is told of it."""
+    result = features(request(stage, model, "my_arm", tmp_path / "out", per_shard=3, every=2))
+    found = open_intents(tmp_path / "out")
+    lengths, versions = LENGTHS["my_arm"], found.plan.versions
+    assert result["frames"] == found.plan.frames == versions * sum(-(-length // 2) for length in lengths)
+    for version, (episode, length) in itertools.product(range(versions), enumerate(lengths)):
+        for numbers, whole in zip(found.numbers(0, episode), exact[1].numbers(0, episode), strict=True):
+            np.testing.assert_array_equal(numbers, whole)
+        for step in range(0, length, 2):
+            shown, wanted = (one.frame(0, episode, step, version)[0] for one in (found, exact[1]))
+            np.testing.assert_array_equal(shown, wanted)
+    with pytest.raises(IndexError):
+        found.frame(0, 0, 1, 0)
+    with pytest.raises(RequestError, match=r"looks at one step in 2, and windows begin at one in 1: .* set stage_two.every to 2"):
+        found.check(found.plan.key)
+    found.check(found.plan.key, 2)
 
 
 def test_processes_share_the_shards(

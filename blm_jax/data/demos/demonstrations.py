@@ -6,7 +6,7 @@
     windows = [demonstrations.window(i) for i in (0, 17)]     # any of len(demonstrations), in any order
     robots, chunks = training_rows(windows, {robot.name: robot}, {robot.name: survey.statistics}, config)
 
-Every step whose action was taken begins a window. Which window of a mixture comes when, `order.py` says.
+Every step whose action was taken begins a window, or one in so many. Which window of a mixture comes when, `order.py` says.
 """
 
 from __future__ import annotations
@@ -53,16 +53,23 @@ class Window:
 class Demonstrations:
     """The windows of one set, as one robot. Which episodes are good, the survey knows. It pickles."""
 
-    def __init__(self, source: Source, robot: Robot, actions: np.ndarray, future: Sequence[str] = ()):
-        """actions: how many each episode has, 0 for a bad one. future: cameras whose later pictures are wanted."""
+    def __init__(self, source: Source, robot: Robot, actions: np.ndarray, future: Sequence[str] = (), every: int = 1):
+        """actions: how many each episode has, 0 for a bad one. future: cameras whose later pictures are wanted. every: steps from one
+        window of an episode to the next."""
+        if every < 1 or robot.horizon % every:
+            raise RequestError(
+                f"every is {every}: a window looks ahead {robot.horizon} steps, the horizon of {robot.name}, to where another begins; take "
+                "what divides that"
+            )
         cameras = [camera.name for camera in robot.cameras]
         for camera in future:
             if camera not in cameras:
                 raise RequestError(
                     f"there is nothing to look ahead with: robot {robot.name} has no camera {camera}{suggest(camera, cameras)}"
                 )
-        self.source, self.robot, self.future = source, robot, tuple(future)
-        self._starts = np.concatenate([[0], np.cumsum(actions)])  # [episodes + 1], the first window of each
+        self.source, self.robot, self.future, self.every = source, robot, tuple(future), every
+        self._actions = np.asarray(actions)
+        self._starts = np.concatenate([[0], np.cumsum(-(-self._actions // every))])  # [episodes + 1], the first window of each
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -70,18 +77,18 @@ class Demonstrations:
     @property
     def actions(self) -> list[int]:
         """How many each episode has."""
-        return np.diff(self._starts).tolist()
+        return self._actions.tolist()
 
     @property
     def episodes(self) -> int:
-        return len(self._starts) - 1
+        return len(self._actions)
 
     def locate(self, index: int) -> tuple[int, int]:
         """The episode of a window, and the step."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no window {index}: {self.source.path} has {len(self)}")
         episode = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return episode, index - int(self._starts[episode])
+        return episode, (index - int(self._starts[episode])) * self.every
 
     def in_mixture(self, name: str, share: Fraction = Fraction(1)) -> Corpus:
         """As a part of a `mixture.Mixture`."""
@@ -120,11 +127,12 @@ def read_window(source: Source, robot: Robot, number: int, step: int, future: Se
     return Window(robot.name, number, step, observation, actions, np.arange(horizon) < count, ahead, has_future)
 
 
-def open_demonstrations(path: epath.PathLike, robot: Robot, survey: Survey, future: Sequence[str] = ()) -> Demonstrations:
-    """A set that was surveyed as this robot. `future` names cameras whose pictures `horizon` steps later are wanted too."""
+def open_demonstrations(path: epath.PathLike, robot: Robot, survey: Survey, future: Sequence[str] = (), every: int = 1) -> Demonstrations:
+    """A set that was surveyed as this robot. `future` names cameras whose pictures `horizon` steps later are wanted too; windows begin
+    `every` so many steps."""
     source = open_set(path)
     check_layout(source, robot)
-    return Demonstrations(source, robot, np.array(survey.of(source).actions), future)
+    return Demonstrations(source, robot, np.array(survey.of(source).actions), future, every)
 
 
 def training_rows(

@@ -7,9 +7,9 @@
     layouts.npz       where tokens of each layout were seen: they are as many as there are lengths of instructions
     state.npy         [steps, dims] float32, and action.npy: the numbers of the demonstrations, so that no picture is opened for them
 
-A frame is a step of an episode as a window sees it, now or a chunk later; it is stored once for both, and frames that no window
-uses are not there. Intent begins with the first visual token. So what stands before the pictures, the same in every prompt, is not
-stored at all; what follows them attends to them, and is the frame's own.
+A frame is a step of an episode as a window sees it, now or a chunk later; it is stored once for both, and frames that no window uses are
+not there. Windows may begin at one step in so many; numbers are those of all steps. Intent begins with the first visual token. So what
+stands before the pictures, the same in every prompt, is not stored at all; what follows them attends to them, and is the frame's own.
 
 Frames are numbered version by version (each augmented in its own way), set by set, episode by episode, step by step; the n-th so
 many are the n-th shard. A shard is finished when its note is there, hidden-00000.npz; notes become the other files in the end.
@@ -53,7 +53,7 @@ class FrameSet:
 
     path: str
     identity: str
-    frames: tuple[int, ...]  # of each episode
+    frames: tuple[int, ...]  # of each episode: steps that a window may reach, of which one in `Plan.every` is looked at
     actions: tuple[int, ...]
 
 
@@ -68,11 +68,17 @@ class Plan:
     versions: int
     per_shard: int
     sets: tuple[FrameSet, ...]
+    every: int = 1  # steps from one frame of an episode to the next
 
     @cached_property
     def starts(self) -> np.ndarray:
         """The first step of each episode of all sets, and the number of steps."""
         return np.cumsum([0, *(count for one in self.sets for count in one.frames)])
+
+    @cached_property
+    def looks(self) -> np.ndarray:
+        """The first frame of each episode of all sets, and the number of frames of a version."""
+        return np.cumsum([0, *(-(-count // self.every) for one in self.sets for count in one.frames)])
 
     @cached_property
     def firsts(self) -> list[int]:
@@ -85,7 +91,7 @@ class Plan:
 
     @property
     def frames(self) -> int:
-        return self.steps * self.versions
+        return int(self.looks[-1]) * self.versions
 
     @property
     def shards(self) -> int:
@@ -106,10 +112,10 @@ class Plan:
 
     def locate(self, frame: int) -> tuple[int, int, int, int]:
         """Version, set, episode and step."""
-        version, place = divmod(frame, self.steps)
-        episode = int(np.searchsorted(self.starts, place, side="right")) - 1
+        version, place = divmod(frame, int(self.looks[-1]))
+        episode = int(np.searchsorted(self.looks, place, side="right")) - 1
         which = int(np.searchsorted(self.firsts, episode, side="right")) - 1
-        return version, which, episode - self.firsts[which], place - int(self.starts[episode])
+        return version, which, episode - self.firsts[which], (place - int(self.looks[episode])) * self.every
 
 
 # --- hidden states as bytes --------------------------------------------------------------------------------------------------
@@ -159,7 +165,9 @@ def begin(directory: epath.Path, plan: Plan) -> None:
     if (directory / MAKING).exists():
         known = _plan(read_json(directory / MAKING), directory / MAKING)
         other = [f"another {name}" for name, value in plan.key.items() if known.key.get(name) != value]
-        other += [f"another {name}" for name in ("robot", "form", "per_shard", "sets") if getattr(known, name) != getattr(plan, name)]
+        other += [
+            f"another {name}" for name in ("robot", "form", "per_shard", "sets", "every") if getattr(known, name) != getattr(plan, name)
+        ]
         if other or known != plan:
             raise RequestError(f"{directory} was begun with {other[0] if other else 'another width'}: remove it, or choose another")
         return
@@ -312,8 +320,13 @@ class Intents:
     def __reduce__(self) -> tuple[Any, ...]:
         return open_intents, (self.path,)
 
-    def check(self, key: Mapping[str, str]) -> None:
-        """Refuses intents that depend on something that is another now."""
+    def check(self, key: Mapping[str, str], every: int = 1) -> None:
+        """Refuses intents that depend on something that is another now, or are of other steps than windows begin at."""
+        if self.plan.every != every:
+            raise RequestError(
+                f"{self.path} looks at one step in {self.plan.every}, and windows begin at one in {every}: make it again with "
+                f"blm data features, or set stage_two.every to {self.plan.every}"
+            )
         for name, now in key.items():
             then = self.plan.key.get(name)
             if then != now:
@@ -337,9 +350,10 @@ class Intents:
     def frame(self, which: int, episode: int, step: int, version: int) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states [tokens, width] of a frame, float32 or bfloat16, and places [tokens, 4]."""
         first, last = self._episode(which, episode)
-        if not (0 <= step < last - first and 0 <= version < self.plan.versions):
+        if not (0 <= step < last - first and step % self.plan.every == 0 and 0 <= version < self.plan.versions):
             raise IndexError(f"{self.path} has no version {version} of step {step} of episode {episode}")
-        number = version * self.plan.steps + first + step
+        looks = self.plan.looks
+        number = version * int(looks[-1]) + int(looks[self.plan.firsts[which] + episode]) + step // self.plan.every
         hidden = from_bytes(self._bytes(number), self.plan.form, self.plan.width)
         return hidden, self._layouts[self._layout[number]]
 

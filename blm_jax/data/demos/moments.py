@@ -271,7 +271,7 @@ def open_moments(
         tokens = -(-max(one.longest for one in intents) // ROUND) * ROUND
         for one in sets:
             cache = _of_robot(one.robot, intents)
-            cache.check(key_of(prompter.engine, policy, one.robot, backbone, augmentation, dtype))
+            cache.check(key_of(prompter.engine, policy, one.robot, backbone, augmentation, dtype), one.every)
             views.append(Cached(one, cache, cache.find(one.source.path, one.source.identity, one.actions), augmentation, tokens))
     else:
         for one in sets:

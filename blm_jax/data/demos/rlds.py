@@ -274,11 +274,12 @@ class RldsWriter:
         count = len(recording.state)
         action = np.zeros((count, recording.action.shape[1]), np.float32)
         action[: len(recording.action)] = recording.action
+        images = {camera: _pngs(pictures) for camera, pictures in recording.images.items()}
         steps = [
             {
                 "observation": {
                     "state": recording.state[i].astype(np.float32),
-                    "images": {camera: _png(pictures[i]) for camera, pictures in recording.images.items()},
+                    "images": {camera: pictures[i] for camera, pictures in images.items()},
                 },
                 "action": action[i],
                 INSTRUCTION: recording.instruction,
@@ -307,7 +308,14 @@ def _steady(features: Any) -> Any:
     return Steady(features.get_serialized_info())
 
 
-def _png(picture: np.ndarray) -> bytes:
-    contents = io.BytesIO()
-    Image.fromarray(picture).save(contents, "PNG")
-    return contents.getvalue()
+def _pngs(pictures: np.ndarray) -> list[bytes]:
+    """One that is shown again, as by a camera slower than the arm, is not packed again."""
+    made: list[bytes] = []
+    for i, picture in enumerate(pictures):
+        if i and np.array_equal(picture, pictures[i - 1]):
+            made.append(made[-1])
+            continue
+        contents = io.BytesIO()
+        Image.fromarray(picture).save(contents, "PNG")
+        made.append(contents.getvalue())
+    return made

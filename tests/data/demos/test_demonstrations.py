@@ -84,6 +84,19 @@ def test_windows_are_what_they_are_defined_to_be(form: Form, tmp_path: Path) -> 
             demonstrations.window(i)
 
 
+def test_windows_may_begin_at_one_step_in_so_many(tmp_path: Path) -> None:
+    write(tmp_path / "set", SMALL, LENGTHS, "rlds")
+    found = survey([tmp_path / "set"], SMALL)
+    every, seldom = (open_demonstrations(tmp_path / "set", SMALL, found, ("base",), one) for one in (1, 3))
+    places = [every.locate(i) for i in range(len(every))]
+    wanted = [i for i, (_, step) in enumerate(places) if step % 3 == 0]
+    assert len(seldom) == len(wanted) == 6 and seldom.actions == LENGTHS and seldom.episodes == 3
+    for i, number in enumerate(wanted):
+        same(seldom.window(i), every.window(number))
+    with pytest.raises(RequestError, match="every is 2: a window looks ahead 3 steps, the horizon of small"):
+        open_demonstrations(tmp_path / "set", SMALL, found, (), 2)
+
+
 def test_windows_are_the_same_in_another_process(tmp_path: Path) -> None:
     for form in FORMS:
         write(tmp_path / form, SMALL, LENGTHS, form)

@@ -2,8 +2,8 @@
 
 Only what succeeded is kept, up to half a second after it had; what failed is tried again with other beginnings. Half of the recordings
 begin in the midst of an episode, right after a jolt: from where no expert goes, they show the way on, and cost no pictures of
-what came before. Pictures are most of the time that it takes, and those of one episode show the same places: `longest` records parts
-of more episodes in the same time.
+what came before. Pictures are most of the time that it takes, and those of one episode show the same places: cameras that look once in
+so many steps (`every`) leave time for more episodes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Request:
     episodes: int = 50  # of each cell
     seed: int = 0
     noise: float = 0.005  # radians of each joint, of what is executed and not recorded
-    longest: int = 0  # steps of a recording; 0: as long as its episode
+    every: int = 1  # steps from one look of the cameras to the next
     two: float = 0.0  # share of the episodes with another cube beside the one that is meant
     form: Form = "rlds"
 
@@ -62,8 +62,8 @@ class Request:
             raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
         if not 0 <= self.noise <= MOST_NOISE:
             raise RequestError(f"noise is {self.noise}: it must lie between 0 and {MOST_NOISE} radians")
-        if self.longest and self.longest < FEWEST:
-            raise RequestError(f"longest is {self.longest}: a recording has at least {FEWEST} steps")
+        if self.every < 1:
+            raise RequestError(f"every is {self.every}: cameras look at each step (1), or at one in so many")
         if not 0 <= self.two <= 1:
             raise RequestError(f"two is {self.two}: it must lie between 0 and 1")
 
@@ -107,7 +107,7 @@ def _collect_cell(request: Request, runner: _Runner, robot: Robot, name: str, ta
                 attempts += 1
                 if attempt is None:
                     continue
-                recorder.add(recording_of(attempt, robot))
+                recorder.add(recording_of(attempt, robot, request.every))
                 kept, steps = kept + 1, steps + len(attempt.actions)
                 bar.update(1)
                 if kept == request.episodes:
@@ -143,18 +143,8 @@ class _Runner:
             if traces.held[row, -1] < rollout.HELD or end < begin + FEWEST:
                 yield None
                 continue
-            begin, end = self._part(begin, end, int(episodes.serial[row]))
             pick = jax.tree.map(lambda x, row=row, kept=slice(begin, end + 1): x[row, kept], traces.state)
             yield Attempt(jax.tree.map(lambda x, row=row: x[row], settings), pick, np.asarray(traces.action[row, begin:end]), texts[row])
-
-    def _part(self, begin: int, end: int, serial: int) -> tuple[int, int]:
-        """Of an episode's steps, those that are recorded. After a jolt they are the first ones; else they begin anywhere."""
-        longest = self.request.longest
-        if not longest or end - begin <= longest:
-            return begin, end
-        if begin == 0:
-            begin = int(np.random.default_rng((self.request.seed, serial, longest)).integers(end - longest + 1))
-        return begin, begin + longest
 
     def _run(self, settings: Setting, progress: Any, rows: Any, limits: np.ndarray) -> rollout.Trace:
         """[rows, steps, ...], until all have succeeded for good measure or the limit is reached."""
@@ -186,10 +176,12 @@ def _begins(seed: int, episodes: Episodes) -> np.ndarray:
     return np.where(episodes.number // 2 % 2, drawn, 0).astype(np.int32)  # not of the same ones as have two cubes
 
 
-def recording_of(attempt: Attempt, robot: Robot) -> Recording:
+def recording_of(attempt: Attempt, robot: Robot, every: int = 1) -> Recording:
+    """Cameras look at the first step and then `every` so many, and show until then what they saw."""
     numbers = np.concatenate([attempt.states.joints, attempt.states.opening[:, None]], axis=1)
     taken = [JOINTS if dimension.kind == "gripper" else i for i, dimension in enumerate(robot.state)]
-    settings = jax.tree.map(lambda x: np.broadcast_to(x, (len(numbers), *np.shape(x))), attempt.setting)
-    pictures = drawn(settings, attempt.states)
+    looks = np.arange(0, len(numbers), every)
+    settings = jax.tree.map(lambda x: np.broadcast_to(x, (len(looks), *np.shape(x))), attempt.setting)
+    pictures = drawn(settings, jax.tree.map(lambda x: x[looks], attempt.states))[np.arange(len(numbers)) // every]
     images = {camera.name: pictures[:, i] for i, camera in enumerate(robot.cameras)}
     return Recording(attempt.instruction, numbers[:, taken], attempt.actions[:, taken], images)

@@ -73,18 +73,22 @@ def test_half_of_the_recordings_begin_in_the_midst(collected: Path) -> None:
     assert len(episode.action) >= collect.FEWEST
 
 
-def test_short_recordings_are_parts_of_whole_ones(collected: Path, tmp_path: Path) -> None:
-    """After a jolt the first steps, and of others any."""
-    flags = ["--robots", ROBOT, "--tasks", TASK, "--episodes", str(EPISODES), "--seed", str(SEED), "--noise", "0", "--longest", "9"]
+def test_cameras_may_look_less_often_than_arms_move(collected: Path, tmp_path: Path) -> None:
+    """What they saw is shown until they look again; all else is as it was."""
+    flags = ["--robots", ROBOT, "--tasks", TASK, "--episodes", str(EPISODES), "--seed", str(SEED), "--noise", "0", "--every", "4"]
     assert main(["data", "collect", "world", str(tmp_path / "sets"), *flags]) == 0
-    robot, begins = load_robots()[f"world_{ROBOT}"], []
+    robot = load_robots()[f"world_{ROBOT}"]
     for number in range(EPISODES):
-        whole, part = (read_episode(open_set(str(path / robot.name)), robot, number) for path in (collected, tmp_path / "sets"))
-        assert len(part.action) == 9 < len(whole.action)
-        (begin,) = np.flatnonzero([np.array_equal(part.action, whole.action[i : i + 9]) for i in range(len(whole.action) - 8)])
-        np.testing.assert_array_equal(part.state, whole.state[begin : begin + 10])
-        begins.append(int(begin))
-    assert begins[2] == 0 and begins[0] != begins[1]
+        often, seldom = (open_set(str(path / robot.name)) for path in (collected, tmp_path / "sets"))
+        one, other = (read_episode(source, robot, number) for source in (often, seldom))
+        np.testing.assert_array_equal(one.state, other.state)
+        np.testing.assert_array_equal(one.action, other.action)
+        steps = list(range(len(one.state)))
+        for camera in robot.cameras:
+            all_of, some = (read_pictures(source, robot, number, camera.name, steps) for source in (often, seldom))
+            assert any((all_of[i] != all_of[i // 4 * 4]).any() for i in steps)
+            for i in steps:
+                np.testing.assert_array_equal(some[i], all_of[i // 4 * 4])
 
 
 def test_noise_is_done_and_not_recorded(collected: Path, tmp_path: Path) -> None:
@@ -126,7 +130,7 @@ def test_demonstrations_are_no_evaluations() -> None:
         (["--noise", "-0.1"], "noise is -0.1: it must lie between"),
         (["--seed", "-1"], "seed is -1: it must lie between"),
         (["--two", "half"], "'half' is no share: write 1% or 0.01"),
-        (["--longest", "3"], "longest is 3: a recording has at least 4 steps"),
+        (["--every", "0"], "--every"),
         (["--robots", "pandas"], "did you mean panda?"),
     ],
 )
