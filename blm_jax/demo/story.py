@@ -30,6 +30,7 @@ BASE = Path(__file__).resolve().parents[1] / "assets" / "base"  # as it comes wi
 ROBOTS = ("panda", "xarm6", "xarm7", "widowxai")
 TASKS = ("PickCube", "PushCube", "PullCube")
 TWO = "50%"  # of the demonstrations have two cubes: where there is always one, nothing teaches to read which is meant
+EVERY = 4  # steps from one look of the demonstrations' cameras to the next, as stage_two.yaml has it
 INSTRUCTION = 32  # tokens of the longest one, as stage_two.yaml has it
 CONFIGURED = ("base", "stage_one", "stage_two")
 
@@ -41,7 +42,7 @@ class Sizes:
     scenes: int = 6000  # asked about, to learn from
     tests: int = 300  # scenes that only the test asks about
     sentences: int = 1500
-    demonstrations: int = 40  # of each cell
+    demonstrations: int = 150  # of each cell
     episodes: int = 50  # of each cell
     controls: int = 12  # of each cell, where nobody is meant to succeed
 
@@ -97,9 +98,28 @@ def _data(demo: Demo) -> dict[str, Command]:
         "test": ["data", "collect", "questions", test, "--scenes", str(sizes.tests), "--split", "test", *seed],
         "sentences": ["data", "collect", "questions", said, "--sentences", str(sizes.sentences), *seed],
         **{f"{name} corpus": _prepare(demo.path(name), demo.base) for name in ("questions", "sentences")},
-        "demonstrations": ["data", "collect", "world", shown, *_tasks(), "--episodes", str(sizes.demonstrations), "--two", TWO, *seed],
+        "demonstrations": demonstrations(shown, sizes.demonstrations, demo.seed),
         **{f"{name} statistics": ["data", "stats", sets, "--robot", name, "--out", stats] for name, sets, stats, _ in demo.robots()},
     }
+
+
+def demonstrations(out: str, episodes: int, seed: int) -> Command:
+    """Of all robots."""
+    return [
+        "data",
+        "collect",
+        "world",
+        out,
+        *_tasks(),
+        "--episodes",
+        str(episodes),
+        "--two",
+        TWO,
+        "--every",
+        str(EVERY),
+        "--seed",
+        str(seed),
+    ]
 
 
 def _evaluation(demo: Demo, two: str, untrained: str) -> dict[str, Command]:

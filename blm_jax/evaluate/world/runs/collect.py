@@ -9,7 +9,7 @@ so many steps (`every`) leave time for more episodes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -103,15 +103,14 @@ def _collect_cell(request: Request, runner: _Runner, robot: Robot, name: str, ta
         while kept < request.episodes:
             if attempts >= TRIES * request.episodes + ROWS:
                 raise RunError(f"{name}, {task}: {kept} of {attempts} attempts succeeded, too few for {request.episodes} episodes")
-            for attempt in runner.attempts(name, task, attempts):
-                attempts += 1
-                if attempt is None:
-                    continue
-                recorder.add(recording_of(attempt, robot, request.every))
-                kept, steps = kept + 1, steps + len(attempt.actions)
+            tried = list(runner.attempts(name, task, attempts))
+            good = [(number, attempt) for number, attempt in enumerate(tried, 1) if attempt is not None][: request.episodes - kept]
+            kept += len(good)
+            attempts += len(tried) if kept < request.episodes else good[-1][0]
+            for recording in recordings_of([attempt for _, attempt in good], robot, request.every) if good else ():
+                recorder.add(recording)
+                steps += len(recording.action)
                 bar.update(1)
-                if kept == request.episodes:
-                    break
     return {"robot": name, "task": task, "episodes": kept, "attempts": attempts, "mean_steps": steps / kept}
 
 
@@ -176,12 +175,20 @@ def _begins(seed: int, episodes: Episodes) -> np.ndarray:
     return np.where(episodes.number // 2 % 2, drawn, 0).astype(np.int32)  # not of the same ones as have two cubes
 
 
-def recording_of(attempt: Attempt, robot: Robot, every: int = 1) -> Recording:
-    """Cameras look at the first step and then `every` so many, and show until then what they saw."""
-    numbers = np.concatenate([attempt.states.joints, attempt.states.opening[:, None]], axis=1)
+def recordings_of(attempts: Sequence[Attempt], robot: Robot, every: int = 1) -> Iterator[Recording]:
+    """Cameras look at the first step and then `every` so many, and show until then what they saw. All looks are drawn together."""
+    looks = [_looks(attempt, every) for attempt in attempts]
+    pictures = drawn(*jax.tree.map(lambda *leaves: np.concatenate(leaves), *looks))
+    counts = [len(states.joints) for _, states in looks]
     taken = [JOINTS if dimension.kind == "gripper" else i for i, dimension in enumerate(robot.state)]
-    looks = np.arange(0, len(numbers), every)
-    settings = jax.tree.map(lambda x: np.broadcast_to(x, (len(looks), *np.shape(x))), attempt.setting)
-    pictures = drawn(settings, jax.tree.map(lambda x: x[looks], attempt.states))[np.arange(len(numbers)) // every]
-    images = {camera.name: pictures[:, i] for i, camera in enumerate(robot.cameras)}
-    return Recording(attempt.instruction, numbers[:, taken], attempt.actions[:, taken], images)
+    for attempt, seen in zip(attempts, np.split(pictures, np.cumsum(counts)[:-1]), strict=True):
+        numbers = np.concatenate([attempt.states.joints, attempt.states.opening[:, None]], axis=1)
+        shown = seen[np.arange(len(numbers)) // every]
+        images = {camera.name: shown[:, i] for i, camera in enumerate(robot.cameras)}
+        yield Recording(attempt.instruction, numbers[:, taken], attempt.actions[:, taken], images)
+
+
+def _looks(attempt: Attempt, every: int) -> tuple[Setting, State]:
+    states = jax.tree.map(lambda x: x[::every], attempt.states)
+    count = len(states.joints)
+    return jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), attempt.setting), states
