@@ -55,8 +55,7 @@ def fitted(
 
 
 def _muon(rate: optax.Schedule) -> optax.GradientTransformation:
-    """Of kernels, steps that are orthogonal matrices (Jordan 2024, as large as AdamW's: Liu et al. 2025), and AdamW's of all else: eyes
-    come in 600 steps where AdamW alone takes more than twice as many."""
+    """Of kernels, steps that are orthogonal matrices (Jordan 2024), as large as AdamW's (Liu et al. 2025), and AdamW's of all else."""
     return optax.contrib.muon(
         rate,
         weight_decay=DECAY,
