@@ -386,7 +386,7 @@ class Intents:
 
 @lru_cache(maxsize=256)
 def _mapped(path: str, version: Stamp) -> np.ndarray:
-    return np.memmap(path, np.uint8, "r")
+    return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a memmap are slow to make
 
 
 def _layouts(path: epath.Path) -> list[np.ndarray]:
@@ -401,6 +401,7 @@ def _layouts(path: epath.Path) -> list[np.ndarray]:
 def _array(path: epath.Path) -> np.ndarray:
     try:
         in_bucket = "://" in os.fspath(path)
-        return np.load(io.BytesIO(path.read_bytes()) if in_bucket else path, mmap_mode=None if in_bucket else "r", allow_pickle=False)
+        held = io.BytesIO(path.read_bytes()) if in_bucket else path
+        return np.asarray(np.load(held, mmap_mode=None if in_bucket else "r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise RunError(f"{path} cannot be read: {one_line(error)}; {AGAIN}") from error
