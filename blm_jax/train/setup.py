@@ -208,6 +208,7 @@ def _open_stage_two(run: Run, stage_two: StageTwoConfig, mesh: Mesh, base: Base)
         "batch": run.batch,
         "mixture": moments.order.mixture.identity,
         "changes": asdict(stage_two.changes),
+        **({"every": stage_two.every} if stage_two.every > 1 else {}),  # runs of all steps were begun before there were others
     }
     assets = _assets(base.path) | {"policy.json": json.dumps(contract(files), indent=2, allow_nan=False).encode() + b"\n"}
     # Intents are of pictures as they were changed; pictures that are looked at need not be.
