@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -258,7 +259,13 @@ def test_who_stops_the_launcher_stops_the_run(number: signal.Signals, place: Pat
     """The signal reaches the run, which has its time to save; then it is not started again."""
     script(place / "bin/blm", f"#!{sys.executable} -IS\n{SAVE}")
     environment = {"PATH": str(place / "bin"), "BLM_RESTART_SECONDS": "0"}
-    process = subprocess.Popen([LAUNCH / "local.sh", "c.yaml"], cwd=place, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        [LAUNCH / "local.sh", "c.yaml"],
+        cwd=place,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, number, signal.SIG_DFL),  # a shell that was told to ignore it, as in the background, always does
+    )
     log = place / "bin/blm.starts"
     for _ in range(500):
         if log.exists() and log.read_text():
