@@ -44,6 +44,8 @@ def test_configs_are_those_of_any_run(tmp_path: Path) -> None:
     out = str(tmp_path / "demo")
     play(Demo(out), lambda command: {"said": command[0]})
     assert read(Recipe, f"{out}/configs/base.yaml") == read(Recipe, telling.CONFIGS / "base.yaml")
+    stage_two = load_as(Run, f"{telling.CONFIGS}/stage_two.yaml").stage_two
+    assert stage_two and (stage_two.every, stage_two.instruction_tokens) == (telling.EVERY, telling.INSTRUCTION)
     for name in CONFIGURED[1:]:
         ours, theirs = (load_as(Run, f"{folder}/{name}.yaml") for folder in (f"{out}/configs", telling.CONFIGS))
         assert ours.out == theirs.out.replace(telling.HOME, out) and ours.out.startswith(out)

@@ -192,7 +192,7 @@ def test_of_one_step_in_so_many(stage: Stage, model: str, exact: list[Intents], 
             np.testing.assert_array_equal(shown, wanted)
     with pytest.raises(IndexError):
         found.frame(0, 0, 1, 0)
-    with pytest.raises(RequestError, match=r"looks at one step in 2, and windows begin at one in 1: .* set stage_two.every to 2"):
+    with pytest.raises(RequestError, match=r"looks at one step in 2, and windows begin at one in 1: .*stage_two.every, or set that to 2"):
         found.check(found.plan.key)
     found.check(found.plan.key, 2)
 

@@ -325,7 +325,7 @@ class Intents:
         if self.plan.every != every:
             raise RequestError(
                 f"{self.path} looks at one step in {self.plan.every}, and windows begin at one in {every}: make it again with "
-                f"blm data features, or set stage_two.every to {self.plan.every}"
+                f"blm data features --run, which takes the run's stage_two.every, or set that to {self.plan.every}"
             )
         for name, now in key.items():
             then = self.plan.key.get(name)

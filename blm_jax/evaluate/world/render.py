@@ -72,7 +72,8 @@ def _picture(kinds: Sequence[Kind], camera: Camera, size: int) -> jax.Array:
     origin, rays = _rays(camera, size, SAMPLES)
     colour, light, place = _seen(kinds, origin, rays)
     bright = AMBIENT + light * WRAP + jnp.where(_in_shadow(kinds, place), 0, jnp.maximum(light, 0) * SUN)
-    _, channels = _with_signs(kinds, origin, rays, jnp.zeros_like(bright), tuple(jnp.clip(channel * bright, 0, 1) for channel in colour))
+    near, signs = _signs_before(kinds, origin, rays)
+    channels = [jnp.where(near < FAR, sign, jnp.clip(channel * bright, 0, 1)) for sign, channel in zip(signs, colour, strict=True)]
     pixels = [jnp.mean(channel.reshape(len(SAMPLES), size, size), axis=0) for channel in channels]
     return jnp.round(jnp.stack(pixels, axis=-1) * 255).astype(jnp.uint8)
 
@@ -105,9 +106,10 @@ def first_seen(shapes: Shapes, camera: Camera, size: int) -> tuple[jax.Array, ja
     numbers = jnp.split(jnp.arange(sum(counts), dtype=jnp.float32)[:, None], np.cumsum(counts[:-1]))
     origin, rays = _rays(camera, size, SAMPLES[:1])
     kinds = _kinds(shapes, numbers)
-    seen, _, place = _seen(kinds, origin, rays)
+    (seen,), _, place = _seen(kinds, origin, rays)
+    near, (sign,) = _signs_before(kinds, origin, rays)
     away = _minus(place, origin)
-    distance, (seen,) = _with_signs(kinds, origin, rays, jnp.sqrt(_dot(away, away)) + LIFT, seen)
+    seen, distance = jnp.where(near < FAR, sign, seen), jnp.where(near < FAR, near, jnp.sqrt(_dot(away, away)) + LIFT)
     return seen.reshape(size, size).astype(jnp.int32), distance.reshape(size, size)
 
 
@@ -171,18 +173,17 @@ def _seen(kinds: Sequence[Kind], origin: V, rays: V) -> tuple[tuple[jax.Array, .
     return paint, light, _along(origin, rays, distance - LIFT)
 
 
-def _with_signs(
-    kinds: Sequence[Kind], origin: V, rays: V, distance: jax.Array, paint: tuple[jax.Array, ...]
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """How far away what rays meet is, and its paint, with signs before all of it."""
-    signs = kinds[len(MEET)]
+def _signs_before(kinds: Sequence[Kind], origin: V, rays: V) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """How far away the sign is that a ray meets, whatever is before it, or FAR; and its paint."""
+    signs, none = kinds[len(MEET)], jnp.full(rays.x.shape, FAR)
 
-    def before(i: jax.Array, behind: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def before(i: jax.Array, best: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         near, _ = _meet_ball([part[i] for part in signs.shape], origin, rays)
-        painted = tuple(jnp.where(near < FAR, signs.paint[i, channel], old) for channel, old in enumerate(behind[1]))
-        return jnp.where(near < FAR, near, behind[0]), painted
+        paint = tuple(jnp.where(near < FAR, signs.paint[i, channel], old) for channel, old in enumerate(best[1]))
+        return jnp.where(near < FAR, near, best[0]), paint
 
-    return jax.lax.fori_loop(0, signs.count, before, (distance, paint)) if signs.paint.size else (distance, paint)
+    found = (none, (none,) * signs.paint.shape[1])
+    return jax.lax.fori_loop(0, signs.count, before, found) if signs.paint.size else found
 
 
 def _ground(place: V, is_ground: jax.Array) -> tuple[jax.Array, ...]:
