@@ -291,13 +291,12 @@ def data_features(args: argparse.Namespace, process: int) -> Result:
 
 
 def _stage_two_of(file: str) -> Any:
-    """Of a run that is to train a new policy."""
     from blm_jax.configfile import load_as
     from blm_jax.recipe import Run
 
     stage_two = load_as(Run, file).stage_two
-    if stage_two is None or stage_two.policy is None:
-        raise RequestError(f"{file} begins no new policy: it has no stage_two.policy")
+    if stage_two is None:
+        raise RequestError(f"{file} is no run of Stage II: it has no stage_two")
     return stage_two
 
 

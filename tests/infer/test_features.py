@@ -127,7 +127,7 @@ def test_for_a_policy_that_is_not_there_yet(
     assert "has no policy/: name the run that is to train one with --run" in capsys.readouterr().err
     (tmp_path / "run.yaml").write_text("{base: a, out: b, steps: 1, batch: 1, optimizer: {rate: 1}, stage_one: {corpora: {c: 1}}}")
     assert main([*command, "--run", str(tmp_path / "run.yaml")]) == 2
-    assert "run.yaml begins no new policy: it has no stage_two.policy" in capsys.readouterr().err
+    assert "run.yaml is no run of Stage II: it has no stage_two" in capsys.readouterr().err
 
 
 def test_frames_are_those_of_acting(stage: Stage, model: str, exact: list[Intents]) -> None:
@@ -195,6 +195,19 @@ def test_of_one_step_in_so_many(stage: Stage, model: str, exact: list[Intents], 
     with pytest.raises(RequestError, match=r"looks at one step in 2, and windows begin at one in 1: .*stage_two.every, or set that to 2"):
         found.check(found.plan.key)
     found.check(found.plan.key, 2)
+
+
+def test_a_run_that_goes_on_with_a_policy_says_how_often_it_looks(
+    stage: Stage, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = "[{path: a, robot: my_arm, stats: b}]"
+    run = f"{{base: a, out: b, steps: 1, batch: 1, optimizer: {{rate: 1}}, stage_two: {{sets: {sets}, every: 2}}}}"
+    (tmp_path / "run.yaml").write_text(run)
+    flags = ["--robot", "my_arm", "--robots-file", str(stage.folder / "my_arm.yaml"), "--stats", str(stage.folder / "my_arm.json")]
+    command = ["data", "features", model, str(stage.folder / "my_arm"), *flags, "--out", str(tmp_path / "out"), "--dry-run", "--json"]
+    for more, every in ([], 1), (["--run", str(tmp_path / "run.yaml")], 2):
+        assert main([*command, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["frames"] == sum(-(-length // every) for length in LENGTHS["my_arm"])
 
 
 def test_processes_share_the_shards(

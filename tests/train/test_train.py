@@ -205,9 +205,12 @@ def test_wrong_runs_are_refused(world: World, tmp_path: Path, changes: dict[str,
 
 
 def test_another_run_does_not_go_on_here(world: World, expected: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    other = world.stage_two(expected, seed=1)
-    assert main(["train", str(write(other, tmp_path / "other.yaml"))]) == 2
-    assert "is of another run: seed differ" in capsys.readouterr().err
+    seldom = world.stage_two(expected)
+    assert seldom.stage_two is not None
+    others = {"seed": world.stage_two(expected, seed=1), "every": replace(seldom, stage_two=replace(seldom.stage_two, every=2))}
+    for what, other in others.items():
+        assert main(["train", str(write(other, tmp_path / "other.yaml"))]) == 2
+        assert f"is of another run: {what} differ" in capsys.readouterr().err
 
 
 def test_steps_that_are_not_finite_are_skipped_and_stop_the_run(world: World, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """`blm data collect world`: demonstrations of the embedded world's experts, as sets of episodes that training reads.
 
-Only what succeeded is kept, up to half a second after it had; what failed is tried again with other beginnings. Half of the recordings
-begin in the midst of an episode, right after a jolt: from where no expert goes, they show the way on, and cost no pictures of
-what came before. Pictures are most of the time that it takes, and those of one episode show the same places: cameras that look once in
+Only what succeeded is kept, up to half a second after it had; what failed is tried again with other beginnings. Three of four recordings
+begin in the midst of an episode, right after a jolt: from where no expert goes, they show the way on, and cost no pictures of what came
+before. Pictures are most of the time that it takes, and those of one episode show the same places: cameras that look once in
 so many steps (`every`) leave time for more episodes.
 """
 
@@ -37,6 +37,7 @@ from blm_jax.evaluate.world.tasks import TASKS
 ROWS, AT_ONCE = 64, 8  # episodes of a batch, and of those that are worked on at a time
 EPISODE_BYTES = 500_000  # about as large as one becomes on disk
 MOST_NOISE = 0.2  # radians; with more no expert finds back
+WHOLE = 4  # one of so many recordings begins with its episode
 LATEST = 30  # step at which a recording begins
 ROOM = 32  # steps that an episode may take longer than in evaluation: it was thrown back
 FEWEST = 4  # steps that are worth a recording
@@ -172,7 +173,7 @@ def _seeds(seed: int, episodes: Episodes) -> np.ndarray:
 def _begins(seed: int, episodes: Episodes) -> np.ndarray:
     """The step at which the recording of each begins."""
     drawn = [np.random.default_rng((seed, serial)).integers(rollout.Jolted.STEPS, LATEST + 1) for serial in episodes.serial.tolist()]
-    return np.where(episodes.number // 2 % 2, drawn, 0).astype(np.int32)  # not of the same ones as have two cubes
+    return np.where(episodes.number // 2 % WHOLE, drawn, 0).astype(np.int32)  # not of the same ones as have two cubes
 
 
 def recordings_of(attempts: Sequence[Attempt], robot: Robot, every: int = 1) -> Iterator[Recording]:

@@ -56,7 +56,7 @@ def test_what_was_recorded_is_done_again(collected: Path) -> None:
         assert len(episode.action) < tasks.LIMITS[tasks.TASKS.index(TASK)]
 
 
-def test_half_of_the_recordings_begin_in_the_midst(collected: Path) -> None:
+def test_most_recordings_begin_in_the_midst(collected: Path) -> None:
     """Where no episode begins, with the expert's way on from there, and not with the jolt that came before."""
     robot = load_robots()[f"world_{ROBOT}"]
     source = open_set(str(collected / robot.name))
