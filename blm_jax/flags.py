@@ -185,7 +185,10 @@ def _add_data_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="the backbone, with or without a policy/; local or in a bucket")
     parser.add_argument("sets", nargs="+", metavar="SET", help="directories of demonstrations of one robot")
     parser.add_argument(
-        "--run", dest="run_file", metavar="CONFIG", help="that they are for: the block of its new policy, and the steps it looks at (MODEL's, and all)"
+        "--run",
+        dest="run_file",
+        metavar="CONFIG",
+        help="that they are for: its new policy's block, and the steps it looks at (MODEL's, and all)",
     )
     parser.add_argument("--robot", required=True, metavar="NAME", help="whose demonstrations they are")
     _add_robots_files(parser)

@@ -39,8 +39,8 @@ CONFIGURED = ("base", "stage_one", "stage_two")
 class Sizes:
     """How much of everything."""
 
-    scenes: int = 6000  # asked about, to learn from
-    tests: int = 300  # scenes that only the test asks about
+    scenes: int = 4000  # asked about, to learn from
+    tests: int = 200  # scenes that only the test asks about
     sentences: int = 1500
     demonstrations: int = 150  # of each cell
     episodes: int = 50  # of each cell

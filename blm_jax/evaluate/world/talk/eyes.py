@@ -4,6 +4,8 @@ Words alone teach a tower this small to see, but slowly: of a sentence, few toke
 itself which thing has its middle there, if any, and where that is. What it shows points where the model's own words point, so that a red
 cube looks as "red" and "cube" read, and any thing as the picture's own word. Where it is is said in measures and in words for numbers, so
 that those which are close become words that are close; the layers for this are thrown away.
+
+A mark is apart from things: what is brought to one comes to lie in the same cell, and then neither may hide the other.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from blm_jax.models.vision import VisionTower
 
 REACH = 0.25  # metres that x and y are divided by
 PLACE, EXACT = 5, 10  # a thing's places in picture and world; how much more the first count, which one picture tells
-MOST = BODIES + LOOSE + 2  # of all that is shown, with a mark and a fork
+MOST = BODIES + LOOSE + 1  # things in cells of a picture, with a fork
 FARTHEST = 35  # centimetres along x, y and z that there are words for
 MARK, TIP = len(NOUNS), len(NOUNS) + 1  # what counts as nouns beside those of things: a mark, and what a fork holds between its tips
 PALM = np.array([0, 0, 0.06])  # where a fork is seen, from its tips: there may be a thing between those
@@ -67,10 +69,19 @@ class Meant(NamedTuple):
     numbers: Any  # [pictures, cells, NUMBERS] words for its column and row, in the first picture, and its x, y and z
 
 
+class Mark(NamedTuple):
+    """What is true of the one that a picture shows."""
+
+    cell: Any  # [pictures] int32, -1 where there is none
+    place: Any  # [pictures, PLACE]
+    numbers: Any  # [pictures, NUMBERS]
+
+
 class Seen(NamedTuple):
     pictures: np.ndarray  # [pictures, size, size, 3] uint8; where they are learned from, patches [pictures, patches, values]
-    there: np.ndarray  # [pictures, cells] bool: the middle of a thing or of a mark, or a fork's tips
+    there: np.ndarray  # [pictures, cells] bool: the middle of a thing, or a fork's tips
     meant: Meant
+    mark: Mark
 
 
 def learn(
@@ -82,9 +93,10 @@ def learn(
     side = round(cells**0.5)
     own = np.stack(np.meshgrid(*2 * [(np.arange(side) + 0.5) * 2 / side - 1], indexing="ij"), axis=-1).reshape(cells, 2).astype(np.float32)
     views, width = len(CAMERAS), config.vision.out_width
-    sizes = {"measured": PLACE + 2, "own": 2} | dict.fromkeys(NUMBERS, width)
+    sizes = {"measured": PLACE + 2, "mark": PLACE, "own": 2} | dict.fromkeys((*NUMBERS, *map(_of_mark, NUMBERS)), width)
     heads: dict[str, Any] = {name: {"kernel": jnp.zeros((width, size)), "bias": jnp.zeros(size)} for name, size in sizes.items()}
     heads["there"] = {"bias": jnp.zeros(())}
+    heads["marked"] = {"bias": jnp.zeros(())}
     state = {"tower": params["vision"], "words": params["decoder"]["embed"]["embedding"], "heads": heads}
     loss = partial(_loss, config=config, levels=levels_of(pixels), spoken=spoken, own=own)
 
@@ -103,23 +115,34 @@ def _gathered(scenes: Iterator[Still], count: int, side: int) -> Seen:
     """`side` cells along either side of a picture."""
     parts = []
     for still in tqdm(scenes, total=count, unit=" scenes", desc="scenes", disable=None):
-        parts += [_cells(still, number, side) for number in range(len(CAMERAS))]
+        parts += [cells_of(still, number, side) for number in range(len(CAMERAS))]
     return jax.tree.map(lambda *some: np.stack(some), *parts)
 
 
-def _cells(still: Still, number: int, side: int) -> Seen:
+def _of_mark(name: str) -> str:
+    """A mark's own layer for a number."""
+    return f"mark's {name}"
+
+
+def cells_of(still: Still, number: int, side: int) -> Seen:
+    """What is to be learned of a camera's picture, of side * side cells."""
     there, count = np.zeros(side * side, bool), len(shown(still))
-    owner = owners(still, number, side)
+    owner, mark_cell = owners(still, number, side), marked(still, number, side)
     colour, noun = (np.full(side * side, number, np.int32) for number in (-1, 0))
     place, turn = np.zeros((side * side, PLACE), np.float32), np.zeros((side * side, 2), np.float32)
     numbers = np.zeros((side * side, len(NUMBERS)), np.int32)
     all_of = [facts(still, number) for number in range(count)]
     found, _ = render.project(list(CAMERAS.values())[number], np.stack([each.position for each in all_of]), SIZE)
+    places = np.concatenate([2 * found / SIZE - 1, np.stack([each.position for each in all_of]) / REACH], axis=1, dtype=np.float32)
     for cell in np.flatnonzero(owner >= 0):
         each = all_of[owner[cell]]
         there[cell], colour[cell], noun[cell], turn[cell], numbers[cell] = True, each.colour, each.noun, each.turn, each.numbers
-        place[cell] = *(2 * found[owner[cell]] / SIZE - 1), *(each.position / REACH)
-    return Seen(still.pictures[number], there, Meant(colour, noun, place, turn, numbers))
+        place[cell] = places[owner[cell]]
+    mark = Mark(np.int32(-1), np.zeros(PLACE, np.float32), np.zeros(len(NUMBERS), np.int32))
+    if mark_cell >= 0:
+        which = [each.noun for each in all_of].index(MARK)
+        mark = Mark(np.int32(mark_cell), places[which], all_of[which].numbers)
+    return Seen(still.pictures[number], there, Meant(colour, noun, place, turn, numbers), mark)
 
 
 class Facts(NamedTuple):
@@ -152,18 +175,36 @@ def facts(still: Still, number: int) -> Facts:
 
 
 def owners(still: Still, number: int, side: int) -> np.ndarray:
-    """Of each of side * side cells of a camera's picture, what is seen and has its middle there, as `shown` counts; -1 where nothing is."""
+    """Of each of side * side cells of a camera's picture, what is seen and has its middle there, as `shown` counts; -1 where nothing is, or
+    a mark alone.
+    """
     owner = np.full(side * side, -1)
     things, nouns = zip(*shown(still), strict=True)
     places = np.stack([place + PALM * (noun == TIP) for place, noun in zip(things, nouns, strict=True)])
     found, depth = render.project(list(CAMERAS.values())[number], places.astype(np.float32), SIZE)
-    sizes = [still.sizes[number, -1 if noun == MARK else i] if noun != TIP else SEEN for i, noun in enumerate(nouns)]
-    seen = (np.array(sizes) >= SEEN) & (found >= 0).all(axis=1) & (found < SIZE).all(axis=1)
+    sizes = [0 if noun == MARK else SEEN if noun == TIP else still.sizes[number, i] for i, noun in enumerate(nouns)]
+    seen = (np.array(sizes) >= SEEN) & _inside(found)
     for i in np.argsort(-depth):  # the nearest last: it hides the others
         if seen[i]:
-            column, row = (found[i] / SIZE * side).astype(int)
-            owner[row * side + column] = i
+            owner[_cell_at(found[i], side)] = i
     return owner
+
+
+def marked(still: Still, number: int, side: int) -> int:
+    """The cell of a camera's picture in which the mark is seen; -1 where it is not."""
+    if still.goal is None or still.sizes[number, -1] < SEEN:
+        return -1
+    found, _ = render.project(list(CAMERAS.values())[number], np.asarray(still.goal, np.float32), SIZE)
+    return _cell_at(found, side) if _inside(found) else -1
+
+
+def _inside(found: np.ndarray) -> np.ndarray:
+    return np.all((found >= 0) & (found < SIZE), axis=-1)
+
+
+def _cell_at(found: np.ndarray, side: int) -> int:
+    column, row = (int(step) for step in found / SIZE * side)
+    return row * side + column
 
 
 def _loss(
@@ -172,38 +213,52 @@ def _loss(
     tower = around(lambda: VisionTower(config.vision, ComputeConfig(), rngs=nnx.Rngs(0)), state["tower"])
     tokens = tower(rows_of(jnp.asarray(seen.pictures), levels, config.vision.merge))
     heads, words = state["heads"], state["words"]
-    exists = tokens @ words[config.tokens.image] + heads["there"]["bias"]
+    there, mark = jnp.asarray(seen.there, jnp.float32), jax.tree.map(jnp.asarray, seen.mark)
+    marks = jax.nn.one_hot(mark.cell, there.shape[1])
+
+    def shows(name: str, word: int, what: jax.Array) -> jax.Array:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(tokens @ words[word] + heads[name]["bias"], what))
+
     everywhere = {
-        "there": jnp.mean(optax.sigmoid_binary_cross_entropy(exists, jnp.asarray(seen.there, jnp.float32))),
+        "there": shows("there", config.tokens.image, jnp.maximum(there, marks)),
+        "marked": jnp.mean(jnp.stack([shows("marked", words_of[MARK], marks) for words_of in spoken.nouns])),
         "own": jnp.mean(jnp.abs(_layer(heads["own"], tokens) - own)),
     }
 
-    there, cells = jax.lax.top_k(jnp.asarray(seen.there, jnp.float32), MOST)
+    there, cells = jax.lax.top_k(there, MOST)
 
     def of_things(part: Any) -> jax.Array:
         """Of the few cells that show the middle of anything: all else is asked of those alone."""
         part = jnp.asarray(part)
         return jnp.take_along_axis(part, cells.reshape(*cells.shape, *(1,) * (part.ndim - 2)), axis=1)
 
+    at_mark = jnp.take_along_axis(tokens, jnp.maximum(mark.cell, 0)[:, None, None], axis=1)  # [pictures, 1, width]
     tokens, meant = of_things(tokens), Meant(*(of_things(part) for part in seen.meant))
     place, turn = jnp.split(_layer(heads["measured"], tokens), [PLACE], axis=-1)
+    both = jnp.concatenate([there, mark.cell[:, None] >= 0], axis=1)  # things and then the mark, as all that is asked of either
 
-    def in_words(token: jax.Array, choices: np.ndarray, meant: jax.Array) -> jax.Array:
-        return label_loss(there, token @ words[choices].T, meant)
+    def joined(things: Any, mark: Any) -> jax.Array:
+        return jnp.concatenate([things, mark], axis=1)
 
-    numbers = zip(NUMBERS, spoken.of_numbers(), strict=True)
-    off = jnp.abs(place - meant.place)
+    def in_words(where: jax.Array, token: jax.Array, choices: np.ndarray, meant: jax.Array) -> jax.Array:
+        return label_loss(where, token @ words[choices].T, meant)
+
+    def in_numbers(i: int, choices: np.ndarray) -> jax.Array:
+        said = joined(_layer(heads[NUMBERS[i]], tokens), _layer(heads[_of_mark(NUMBERS[i])], at_mark))
+        return in_words(both, said, choices, joined(meant.numbers[..., i], mark.numbers[:, None, i]))
+
+    off = jnp.abs(joined(place, _layer(heads["mark"], at_mark)) - joined(meant.place, mark.place[:, None]))
     in_picture, in_world = jnp.sum(off[..., :2], axis=-1), jnp.sum(off[..., 2:], axis=-1)
+    nouns = np.delete(np.arange(len(NOUNS) + 2), MARK)
+    noun = jnp.searchsorted(nouns, meant.noun)
     parts = everywhere | {
-        "colour": jnp.mean(jnp.stack([in_words(tokens, choices, meant.colour) for choices in spoken.colours])),
-        "noun": jnp.mean(jnp.stack([in_words(tokens, choices, meant.noun) for choices in spoken.nouns])),
-        "numbers": jnp.mean(
-            jnp.stack([in_words(_layer(heads[name], tokens), choices, meant.numbers[..., i]) for i, (name, choices) in enumerate(numbers)])
-        ),
-        "place": mean_where(there, EXACT * in_picture + in_world),
+        "colour": jnp.mean(jnp.stack([in_words(there, tokens, choices, meant.colour) for choices in spoken.colours])),
+        "noun": jnp.mean(jnp.stack([in_words(there, tokens, choices[nouns], noun) for choices in spoken.nouns])),
+        "numbers": jnp.mean(jnp.stack([in_numbers(i, choices) for i, choices in enumerate(spoken.of_numbers())])),
+        "place": mean_where(both, EXACT * in_picture + in_world),
         "turn": mean_where(there * jnp.any(meant.turn != 0, axis=-1), jnp.mean(jnp.abs(turn - meant.turn), axis=-1)),
     }
-    told = {**parts, "off_cm": 100 * REACH / 3 * mean_where(there, in_world), "off_px": SIZE / 4 * mean_where(there, in_picture)}
+    told = {**parts, "off_cm": 100 * REACH / 3 * mean_where(both, in_world), "off_px": SIZE / 4 * mean_where(both, in_picture)}
     return sum(parts.values(), jnp.float32(0)), told
 
 

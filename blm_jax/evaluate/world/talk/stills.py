@@ -34,7 +34,8 @@ BATCH = 96  # scenes at a time
 AREA = ((-0.18, 0.18), (-0.22, 0.22))  # x and y of what hands are brought to
 WIDE = ((-0.3, 0.18), (-0.22, 0.22))  # of loose things: WidowX picks up far ones
 MARK_HIGH = (0.03, 0.34)  # of marks in the air
-NEAR_MARK = 0.1  # from one, at most, what is carried to it
+NEAR_MARK = 0.1  # from one, at most, what is carried to it, or lies by it
+MARKED = 0.3  # of loose things' marks are by one of them
 APART = 0.075  # metres between middles
 SEEN = 12  # pixels of what is seen: of each thing in the first picture
 FREE = 4  # pixels from the picture's edge, at least
@@ -291,6 +292,11 @@ class _Draft:
         count = int(self.random.integers(1, most + 1))
         for number in range(BODIES + LOOSE - count, BODIES + LOOSE):  # the last ones may be cylinders
             self._put(number)
+        there = np.flatnonzero(self.extras.kind != NOTHING)
+        if self.setting.goal_seen and there.size and self.random.random() < MARKED:
+            off = self._direction() * self.random.uniform(0, NEAR_MARK) * [1, 1, self.setting.goal[2] > 0]
+            near = self.extras.position[self.random.choice(there)] + off
+            self.setting.goal[:] = near[0], near[1], max(near[2], MARK_HIGH[0]) * (self.setting.goal[2] > 0)
         if self.robot is None and self.random.random() < 0.8:
             self._hang_bars()
 
@@ -364,7 +370,7 @@ class _Draft:
         """A chain from behind the table to a fork above it, about a thing or with one in it, of no colour that things have."""
         random = self.random
         tip, apart = np.array([*self._somewhere(WIDE), random.uniform(0.01, 0.35)]), random.uniform(0.02, 0.1)
-        if (there := np.flatnonzero(self.extras.kind != NOTHING)).size and random.random() < 0.6:
+        if (there := np.flatnonzero(self.extras.kind != NOTHING)).size and random.random() < 0.7:
             number, is_above = int(random.choice(there)), random.random() < 0.4
             apart = random.uniform(0.06, 0.1)
             if not is_above and random.random() < 0.4:  # carried, as often as not to a mark

@@ -27,8 +27,8 @@ from blm_jax.evaluate.world.tasks import COLOURS
 from blm_jax.evaluate.world.view import CAMERAS
 
 RECORDS = "records.jsonl"
-TURNS, EACH = {"train": 8, "test": 4}, {"train": 3, "test": 1}  # about a scene, and of these, of a type
-DESCRIBED = 2  # of scenes that are learned from, every so manieth is described, and not asked about
+TURNS, EACH = {"train": 12, "test": 4}, {"train": 3, "test": 1}  # about a scene, and of these, of a type
+DESCRIBED = 8  # of scenes that are learned from, every so manieth is described, and not asked about
 SCENE_BYTES, SENTENCE_BYTES = 10_000, 300  # about as large as these become on disk
 
 Record = dict[str, Any]
@@ -37,7 +37,7 @@ Record = dict[str, Any]
 def write(path: epath.PathLike, count: int, seed: int, split: str, robots: bool = True) -> int:
     """Questions about so many scenes, into a directory that does not exist. How many questions there are.
 
-    Every other scene that is learned from is described instead, all its things and where they are: each word of that is learned from, and
+    Some scenes that are learned from are described instead, all their things and where they are: each word of that is learned from, and
     only a model that finds what is named says it right, which all questions want.
     """
     from PIL import Image

@@ -62,6 +62,28 @@ def test_facts_are_those_of_the_scene() -> None:
         assert facts.noun == noun and (facts.colour >= 0) == (noun < len(NOUNS))
 
 
+def test_a_thing_and_the_mark_it_is_brought_to_share_a_cell() -> None:
+    """Eyes are told of both there, and both their names look there; a mark that is not seen is nowhere."""
+    brought = thing("red", "cube", 0.05, 0)
+    goal = brought.position + np.array([0, 0, 0.005])
+    still = scene(brought, thing("blue", "ball", -0.1, 0.1), goal=goal)
+    words, side = base.tokenizer(0), view.SIZE // base.PIXELS.patch
+    tokens = words.encode("bring the red cube to the goal", add_special_tokens=False).ids
+    named = naming.named(still, tokens, naming.spelled(words), side, 2)
+    assert (named.looks[0] == named.looks[1]).all() and (named.looks >= 0).all()
+    assert named.noun.tolist() == [0, eyes.MARK] and (named.one == 1).all()
+    still.sizes[1, -1] = 0
+    for camera, cell in enumerate(named.looks[0]):
+        seen = eyes.cells_of(still, camera, side)
+        assert seen.there[cell] and seen.meant.noun[cell] == 0
+        np.testing.assert_allclose(seen.meant.place[cell, 2:] * eyes.REACH, brought.position, atol=1e-6)
+        if camera == 0:
+            assert seen.mark.cell == cell
+            np.testing.assert_allclose(seen.mark.place[2:] * eyes.REACH, goal, atol=1e-6)
+        else:
+            assert seen.mark.cell == -1
+
+
 def test_texts_name_what_is_there() -> None:
     """Most names mean one thing, each sort of name comes, and tokens are where the text has them."""
     words = base.tokenizer(0)

@@ -454,10 +454,11 @@ def test_nothing_is_left_of_what_was_broken_off(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_without_robots(tmp_path: Path) -> None:
-    """Things, marks and forks; every other scene is described: in steps of the first picture and in centimetres, in either order, and then
-    named.
+def test_without_robots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Things, marks and forks; here every other scene is described: in steps of the first picture and in centimetres, in either order, and
+    then named.
     """
+    monkeypatch.setattr(talks, "DESCRIBED", 2)
     talks.write(tmp_path / "things", 24, 3, "train", robots=False)
     scenes, firsts, orders = stills(3, "train", robots=False), set(), set()
     for number, record in enumerate(records(tmp_path / "things")):
