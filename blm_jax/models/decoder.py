@@ -80,8 +80,10 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else Linear([config.width], [config.vocab], ("embed", "vocab"), bias=False, rngs=rngs)
 
-    def hidden(self, x: jax.Array, positions: jax.Array, segments: jax.Array, blocks: int | None = None) -> jax.Array:
-        """Hidden states after `blocks` blocks (all of them by default), before the final norm. What lies above never runs."""
+    def hidden(self, x: jax.Array, positions: jax.Array, segments: jax.Array, blocks: int | None = None, *, kept: int = 0) -> jax.Array:
+        """Hidden states after `blocks` blocks (all of them by default), before the final norm. What lies above never runs. Of the first
+        `kept` blocks, and of what lies below, nothing is learned.
+        """
         if blocks is not None and not 0 <= blocks <= self.config.layers:
             raise RequestError(f"block {blocks} is none of the decoder's: it has {self.config.layers}")
         rotary = text_rotary(positions, self.config)
@@ -93,7 +95,11 @@ class Decoder(nnx.Module):
             for block in unstack(self.blocks)[:blocks]:
                 x, _ = body(x, block)
             return x
-        return scan(body, x, self.blocks, remat=self.compute.remat, blocks=blocks)[0]
+        if kept:
+            graph, state = nnx.split(self.blocks)
+            below = nnx.merge(graph, jax.lax.stop_gradient(state))
+            x = jax.lax.stop_gradient(scan(body, jax.lax.stop_gradient(x), below, blocks=kept)[0])
+        return scan(body, x, self.blocks, remat=self.compute.remat, begin=kept, blocks=blocks)[0]
 
     def head_kernel(self) -> jax.Array:
         """[width, vocab]"""

@@ -146,10 +146,11 @@ def scan(
     *,
     xs: tuple[Any, ...] = (),
     remat: Remat = "none",
+    begin: int = 0,
     blocks: int | None = None,
     gather: bool = True,
 ) -> tuple[Carry, Any]:
-    """Run `body(carry, layer, *x)` over the layers of a stack, or over the first `blocks` of them and no other.
+    """Run `body(carry, layer, *x)` over the layers of a stack, or from number `begin` of them up to number `blocks`, and no other.
 
     Splitting once and merging inside the body costs nothing; nnx.scan by default was several times slower a step. Where devices
     are apart, a layer's weights are gathered when its turn comes, but not if the layer is a stack itself (`gather` false).
@@ -165,14 +166,14 @@ def scan(
 
     if remat != "none" or (gather and any(_is_divided(leaf) for leaf in _variables(state))):
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
-    if keep == count:
+    if begin == 0 and keep == count:
         return jax.lax.scan(step, carry, inputs, unroll=unrolled())
 
     # Fewer blocks: index the stack inside the loop, since a slice of it outside would be a copy of the weights.
     def indexed(carry: Carry, i: jax.Array) -> tuple[Carry, Any]:
         return step(carry, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), inputs))
 
-    return jax.lax.scan(indexed, carry, jnp.arange(keep), unroll=unrolled())
+    return jax.lax.scan(indexed, carry, jnp.arange(begin, keep), unroll=unrolled())
 
 
 def shapes_of(make: Callable[[], nnx.Module], dtype: DTypeLike, mesh: Mesh | None) -> dict[str, Any]:

@@ -34,13 +34,13 @@ class Mllm(nnx.Module):
             x = place(x, self.vision(batch.vision), batch.slots, batch.vision.groups)
         return constrain(x, ACTIVATIONS)
 
-    def hidden(self, batch: Batch, blocks: int | None = None) -> jax.Array:
-        """Hidden states after `blocks` blocks (all by default), before the final norm."""
-        return self.decoder.hidden(self.embed(batch), batch.positions, batch.segments, blocks)
+    def hidden(self, batch: Batch, blocks: int | None = None, *, kept: int = 0) -> jax.Array:
+        """Hidden states after `blocks` blocks (all by default), before the final norm; nothing is learned of the first `kept`, or below."""
+        return self.decoder.hidden(self.embed(batch), batch.positions, batch.segments, blocks, kept=kept)
 
-    def heard(self, batch: Batch) -> jax.Array:
+    def heard(self, batch: Batch, *, kept: int = 0) -> jax.Array:
         """What the head reads, [rows, length, width]: the logits of training are made of it in parts."""
-        return self.decoder.norm(self.hidden(batch))
+        return self.decoder.norm(self.hidden(batch, kept=kept))
 
     def intent(self, prompts: Prompts, blocks: int) -> IntentRows:
         hidden = constrain(self.hidden(prompts.batch, blocks), ("batch", "length", "width"))

@@ -45,8 +45,9 @@ def make_optimizer(
         _scale_by(rate_of),
         optax.scale_by_learning_rate(schedule(config, steps)),
     ]
-    if allowed is not None:
-        parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda update, may: jnp.where(may, update, 0), updates, allowed)))
+    if allowed is not None:  # slopes of what stays are not to be clipped with the others', and weights of it not to decay
+        held = optax.stateless(lambda updates, _: jax.tree.map(lambda update, may: jnp.where(may, update, 0), updates, allowed))
+        parts = [held, *parts, held]
     return optax.chain(*parts)
 
 

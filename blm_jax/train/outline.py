@@ -28,6 +28,7 @@ from blm_jax.weights.adapters import ADAPTER
 from blm_jax.weights.names import Path, leaves, nested
 
 BLOCKS = ("decoder", "blocks")  # stacked parameters: a row a block
+ABOVE = (("decoder", "norm"), ("decoder", "head"))  # what lies above all of them
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ def _stage_one(run: Run, mesh: Mesh, backbone: BackboneConfig, parts: int, kinds
     trained, frozen = split(shapes, rate_of)
     head = "decoder.embed.embedding" if backbone.decoder.tied else "decoder.head.kernel"
     compute = run.hardware.compute
-    stage = StageOne(backbone, compute, lora, rate_of[head] > 0, len(kinds.get("corpus", ())))
+    # Where nothing learns below blocks that stay, no slope is found there.
+    kept = stage_one.kept_blocks if all(path[:2] in (BLOCKS, *ABOVE) for path, _ in leaves(trained)) else 0
+    stage = StageOne(backbone, compute, lora, rate_of[head] > 0, len(kinds.get("corpus", ())), kept)
     optimizer = make_optimizer(run.optimizer, run.steps, rate_of, _moving(trained, stage_one.kept_blocks, backbone.decoder.layers))
     frozen = _as_computed(frozen, compute.dtype)
     return Outline(run, mesh, stage, backbone, None, trained, frozen, None, rate_of, optimizer, parts, kinds)

@@ -67,6 +67,7 @@ class StageOne:
     lora: LoraConfig | None = None
     learns_head: bool = True
     corpora: int = 0  # whose losses are told apart
+    kept: int = 0  # first blocks that nothing is learned of, nor of what lies below
 
     def rows(self, batch: Batch) -> int:
         return batch.tokens.shape[0]
@@ -87,7 +88,7 @@ class StageOne:
     ) -> tuple[jax.Array, Told]:
         params = narrowed(joined(trained, frozen), self.compute.dtype)
         model = with_params(self.config, self.compute, params, lora=self.lora)
-        x = model.heard(own_groups(batch))
+        x = model.heard(own_groups(batch), kept=self.kept)
         flat, own = x.reshape(-1, x.shape[-1]), batch.weights.reshape(-1)
         kernel = model.decoder.head_kernel().astype(x.dtype)
         whole, each = cross_entropy(flat, kernel, batch.targets.reshape(-1), own / jnp.maximum(weights[0], 1.0), self.learns_head)
