@@ -27,6 +27,7 @@ from blm_jax.errors import RequestError
 from blm_jax.flags import parse
 
 FEW = 10  # demonstrations of each task, of a robot that is new
+RATE = 5e-4  # of Stage I
 DRAWS = 10_000
 SURE = 0.95
 BACKBONES = ("base", "plain", "embodied")  # the small base; and as many steps of text alone; and Stage I
@@ -81,6 +82,7 @@ def main(argv: list[str]) -> Result:
             "episodes": args.episodes,
             "new": args.new,
             "few": FEW,
+            "rate": RATE,
             **{name: place.config(name)["steps"] for name in ("stage_one", "stage_two")},
         },
         **told(played),
@@ -115,6 +117,9 @@ def _backbone(place: Place, name: str, seed: int) -> str:
     if name == "base":
         return str(BASE)
     config = place.config("stage_one")
+    # All of it learns, as in the paper; in the demo what a policy reads stays as it is.
+    config["optimizer"] |= {"rate": RATE, "modules": []}
+    config["stage_one"]["kept_blocks"] = 0
     corpora = config["stage_one"]["corpora"]
     if name == "plain":
         config["stage_one"]["corpora"] = {path: share for path, share in corpora.items() if "sentences" in path}

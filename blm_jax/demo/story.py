@@ -39,12 +39,12 @@ CONFIGURED = ("base", "stage_one", "stage_two")
 class Sizes:
     """How much of everything."""
 
-    scenes: int = 4000  # asked about, to learn from
+    scenes: int = 3500  # asked about, to learn from
     tests: int = 200  # scenes that only the test asks about
     sentences: int = 1500
     demonstrations: int = 150  # of each cell
     episodes: int = 50  # of each cell
-    controls: int = 12  # of each cell, where nobody is meant to succeed
+    controls: int = 8  # of each cell, where nobody is meant to succeed
 
 
 @dataclass(frozen=True)
