@@ -293,7 +293,7 @@ class _Draft:
         for number in range(BODIES + LOOSE - count, BODIES + LOOSE):  # the last ones may be cylinders
             self._put(number)
         there = np.flatnonzero(self.extras.kind != NOTHING)
-        if self.setting.goal_seen and there.size and self.random.random() < MARKED:
+        if self.robot is None and self.setting.goal_seen and there.size and self.random.random() < MARKED:
             off = self._direction() * self.random.uniform(0, NEAR_MARK) * [1, 1, self.setting.goal[2] > 0]
             near = self.extras.position[self.random.choice(there)] + off
             self.setting.goal[:] = near[0], near[1], max(near[2], MARK_HIGH[0]) * (self.setting.goal[2] > 0)
