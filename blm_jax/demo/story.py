@@ -44,7 +44,7 @@ class Sizes:
     sentences: int = 1500
     demonstrations: int = 150  # of each cell
     episodes: int = 50  # of each cell
-    controls: int = 8  # of each cell, where nobody is meant to succeed
+    controls: int = 8  # of each cell, for each control
 
 
 @dataclass(frozen=True)

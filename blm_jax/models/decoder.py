@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
         if kept:
             graph, state = nnx.split(self.blocks)
             below = nnx.merge(graph, jax.lax.stop_gradient(state))
-            x = jax.lax.stop_gradient(scan(body, jax.lax.stop_gradient(x), below, blocks=kept)[0])
+            x = scan(body, jax.lax.stop_gradient(x), below, blocks=kept)[0]
         return scan(body, x, self.blocks, remat=self.compute.remat, begin=kept, blocks=blocks)[0]
 
     def head_kernel(self) -> jax.Array:

@@ -38,16 +38,22 @@ def make_optimizer(
     config: OptimizerConfig, steps: int, rate_of: Mapping[str, float], allowed: Tree | None = None
 ) -> optax.GradientTransformation:
     """`rate_of` the names of parameters, `allowed` a tree of bool that broadcast to them: of what is false nothing moves."""
+    clip = optax.clip_by_global_norm(config.clip)
     parts = [
-        optax.clip_by_global_norm(config.clip),
+        clip,
         scale_by_adam(*config.betas, config.eps, config.moments),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
         _scale_by(rate_of),
         optax.scale_by_learning_rate(schedule(config, steps)),
     ]
-    if allowed is not None:  # slopes of what stays are not to be clipped with the others', and weights of it not to decay
-        held = optax.stateless(lambda updates, _: jax.tree.map(lambda update, may: jnp.where(may, update, 0), updates, allowed))
-        parts = [held, *parts, held]
+    if allowed is not None:
+
+        def moving(updates: Any) -> Any:
+            return jax.tree.map(lambda update, may: jnp.where(may, update, 0), updates, allowed)
+
+        # What stays has no say in how far the rest is clipped, and does not decay. A state stays one, or older runs would not go on.
+        parts[0] = optax.stateless(lambda slopes, _: clip.update(moving(slopes), optax.EmptyState())[0])
+        parts.append(optax.stateless(lambda updates, _: moving(updates)))
     return optax.chain(*parts)
 
 

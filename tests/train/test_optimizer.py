@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -105,3 +106,18 @@ def test_what_is_not_allowed_does_not_move() -> None:
     updates, _ = optimizer.update(jax.tree.map(jnp.asarray, params(1)), optimizer.init(tree), tree)
     assert not updates["other"]["kernel"].any() and updates["layer"]["bias"].all()  # pyright: ignore
     assert np.flatnonzero(np.asarray(updates["layer"]["kernel"]).any(axis=1)).tolist() == [2]  # pyright: ignore
+
+
+def test_what_is_not_allowed_has_no_say_in_clipping() -> None:
+    """However large its slopes are in one step, the rest moves as if there were none."""
+    allowed = {"layer": {"kernel": np.ones((1, 1), bool), "bias": np.ones(5, bool)}, "other": {"kernel": np.zeros((1, 1), bool)}}
+    optimizer = make_optimizer(replace(CONFIG, clip=1.0), 5, dict.fromkeys(NAMES, 1.0), allowed)
+    tree, moved = jax.tree.map(jnp.asarray, params()), []
+    for size in (0.0, 1000.0):
+        state, updates = optimizer.init(tree), tree
+        for seed, own in ((1, 0.0), (2, size)):
+            slopes: Any = jax.tree.map(jnp.asarray, params(seed))
+            slopes["other"]["kernel"] = slopes["other"]["kernel"] * own
+            updates, state = optimizer.update(slopes, state, tree)
+        moved.append(updates)
+    jax.tree.map(np.testing.assert_array_equal, *moved)

@@ -70,7 +70,7 @@ class Expert(Scripted):
 class Jolted(Expert):
     """Thrown off once, its gripper too. Its rows are a seed, and the first step after that."""
 
-    STEPS, REACH = 5, 0.05  # and radians of each joint in each of them
+    STEPS, REACH = 5, 0.05  # and radians of each joint in each of them: by 5 cm (WidowX) to 12 cm (Panda) in all
     SHUT, OPEN = 0.3, 0.6  # of so many the gripper closes, of those up to there it opens
 
     def begin(self, row: Any, setting: Setting, state: State) -> Any:

@@ -73,7 +73,8 @@ def named(still: Still, tokens: Sequence[int], spelling: list[str], side: int, m
     owned = [eyes.owners(still, number, side) for number in range(len(CAMERAS))]
     cells = {int(number): [_cell(owner, number) for owner in owned] for number in np.unique(owned)}
     if still.goal is not None:
-        cells[len(still.things)] = [eyes.marked(still, number, side) for number in range(len(CAMERAS))]
+        mark = [noun for _, noun in eyes.shown(still)].index(eyes.MARK)
+        cells[mark] = [eyes.marked(still, number, side) for number in range(len(CAMERAS))]
     names, facts = nothing(most), {}
     last = None  # thing that was named, and its token
     found = [(ends[match.end()], match) for match in NAME.finditer(text) if match.end() in ends]
