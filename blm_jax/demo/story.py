@@ -30,7 +30,7 @@ BASE = Path(__file__).resolve().parents[1] / "assets" / "base"  # as it comes wi
 ROBOTS = ("panda", "xarm6", "xarm7", "widowxai")
 TASKS = ("PickCube", "PushCube", "PullCube")
 TWO = "50%"  # of the demonstrations have two cubes: where there is always one, nothing teaches to read which is meant
-EVERY = 4  # steps from one look of the demonstrations' cameras to the next, as stage_two.yaml has it
+EVERY = 8  # steps from one look of the demonstrations' cameras to the next, as stage_two.yaml has it
 INSTRUCTION = 32  # tokens of the longest one, as stage_two.yaml has it
 CONFIGURED = ("base", "stage_one", "stage_two")
 
@@ -42,7 +42,7 @@ class Sizes:
     scenes: int = 3500  # asked about, to learn from
     tests: int = 200  # scenes that only the test asks about
     sentences: int = 1500
-    demonstrations: int = 150  # of each cell
+    demonstrations: int = 300  # of each cell
     episodes: int = 50  # of each cell
     controls: int = 8  # of each cell, for each control
 

@@ -10,7 +10,8 @@ differ in their tables and poses only; one program does them all, for any arm:
     grasp tasks    above  down    close   lift    carry      place    open      leave       (PickCube stays in 5)
     push, pull     above  down    close   slide                                             (they stay in 3)
 
-A body that is lost, or slid past, is fetched from where it lies then. A peg is grasped near the end that the arm can turn up: hands that
+Pads that slide a cube stand a little apart, and more so where they pull: it turns away from before a narrow hand that is some millimetres
+aside. A body that is lost, or slid past, is fetched from where it lies then. A peg is grasped near the end that the arm can turn up: hands that
 can look back when they are level take the near end; WidowX's, which only looks ahead, takes the far one.
 """
 
@@ -32,7 +33,10 @@ from blm_jax.evaluate.world.tasks import LIFT, PICK, PLACE, STACK, succeeded
 ABOVE, DOWN, CLOSE, RAISE, CARRY, PUT, OPEN, LEAVE = range(8)
 PHASES = 8
 LAST = np.array([PUT, RAISE, RAISE, LEAVE, LEAVE, LEAVE])  # [tasks] the phase that a task stays in
-SHUT = np.array([False, True, True, False, False, False])  # [tasks] the gripper, from the start
+SLIDES = np.array([False, True, True, False, False, False])  # [tasks] a cube, and grasp none
+SPREAD = np.array(
+    [0, 0.012, 0.024, 0, 0, 0], np.float32
+)  # [tasks] metres between pads that slide it: from before narrow ones it turns away
 
 OVER = 0.06  # metres above: where a hand comes from, and a picked cube
 LOW = 0.008  # below a cube's middle, where it is slid: over it none of the hand must pass, and on the table an arm at its limit scrapes
@@ -179,7 +183,7 @@ def _of_peg(setting: Setting, state: State) -> Carriage:
 
 
 def _sliding(setting: Setting, state: State) -> tuple[jax.Array, jax.Array]:
-    """Places [PHASES, 3] and turns of a closed hand that comes down behind a cube, or beyond it, and slides it."""
+    """Places [PHASES, 3] and turns of a hand that comes down behind a cube, or beyond it, and slides it."""
     up, at = jnp.array([0.0, 0, 1]), state.position[setting.wanted]
     way = (setting.goal - at) * jnp.array([1.0, 1, 0])
     way = way / jnp.maximum(jnp.linalg.norm(way), 1e-6)
@@ -200,14 +204,14 @@ def begin(setting: Setting, state: State) -> Memory:
     places = [way.place + up * OVER, way.place, way.place, way.place + up * way.raised]
     places += [put + up * way.carried, put, put, put - way.put_turn[:, 2] * BACKED]
     grasping = jnp.stack(places), jnp.stack([way.turn] * 4 + [way.put_turn] * 4)
-    slides = jnp.asarray(SHUT)[setting.task]
+    slides = jnp.asarray(SLIDES)[setting.task]
     place, turn = jax.tree.map(partial(jnp.where, slides), _sliding(setting, state), grasping)
     return Memory(jnp.int32(ABOVE), jnp.int32(0), jnp.float32(0), place, turn, at, grip)
 
 
 def _followed(setting: Setting, state: State, memory: Memory) -> Memory:
     """The plan with what comes before the body is held, or slid, where the body is now."""
-    slides = jnp.asarray(SHUT)[setting.task]
+    slides = jnp.asarray(SLIDES)[setting.task]
     grasps = ~slides & (memory.phase <= CLOSE) & (state.held != setting.wanted)
     moved = (state.position[setting.wanted] - memory.body) * jnp.array([1.0, 1, 0]) * grasps
     place = memory.place + (jnp.arange(PHASES) < CARRY)[:, None] * moved
@@ -235,9 +239,9 @@ def _done(setting: Setting, state: State, memory: Memory, tool: jax.Array, error
     turned = jnp.where((task == LIFT) & (phase == CARRY), TURNED_UPRIGHT, jnp.asarray(TURNED)[phase])
     near = jnp.where((task == LIFT) & (phase == DOWN), NEAR_END, jnp.asarray(NEAR)[phase])
     there = (jnp.linalg.norm(error[:3]) < near) & (jnp.linalg.norm(error[3:]) < turned)
-    slides = jnp.asarray(SHUT)[task]
+    slides = jnp.asarray(SLIDES)[task]
     there = there | (slides & (phase <= DOWN) & _has_before(setting, state, memory, tool, 1.0))
-    closed = jnp.where(jnp.asarray(SHUT)[task], state.opening < 0.05, state.held == setting.wanted)
+    closed = jnp.where(slides, jnp.abs(state.opening - jnp.asarray(SPREAD)[task] / setting.arm.stroke) < 0.05, state.held == setting.wanted)
     gripper = jnp.where(phase == CLOSE, closed, jnp.where(phase == OPEN, (state.held < 0) & (state.opening > 0.7), True))
     return (there & gripper) | (((phase == CLOSE) | (phase == OPEN)) & (memory.waited >= PATIENCE))
 
@@ -245,7 +249,7 @@ def _done(setting: Setting, state: State, memory: Memory, tool: jax.Array, error
 def _next_phase(setting: Setting, state: State, memory: Memory, tool: jax.Array) -> Memory:
     """On to the next phase if one is over, back to the first if the body was lost or is not where it was to be."""
     phase, task = memory.phase, setting.task
-    slides = jnp.asarray(SHUT)[task]
+    slides = jnp.asarray(SLIDES)[task]
     over = _done(setting, state, memory, tool, pose_error(tool, _target(setting, state, memory, tool)))
     onward = over & (phase < jnp.asarray(LAST)[task])
     lost = ~slides & (phase >= RAISE) & (phase <= PUT) & (state.held != setting.wanted)
@@ -256,7 +260,7 @@ def _next_phase(setting: Setting, state: State, memory: Memory, tool: jax.Array)
 
 def _strayed(setting: Setting, state: State, memory: Memory, tool: jax.Array) -> jax.Array:
     """Whether the hand closes beside the body, or slides without having the cube before it."""
-    slides = jnp.asarray(SHUT)[setting.task]
+    slides = jnp.asarray(SLIDES)[setting.task]
     off = jnp.abs(tool[:3, 3] - memory.place[DOWN])
     beside = ~slides & (memory.phase == CLOSE) & (state.held != setting.wanted) & (jnp.max(off) > STRAY)
     return beside | (slides & (memory.phase == RAISE) & ~_has_before(setting, state, memory, tool, 2.0) & ~succeeded(setting, state))
@@ -275,7 +279,7 @@ def _has_before(setting: Setting, state: State, memory: Memory, tool: jax.Array,
 def _stride(setting: Setting, memory: Memory, tool: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The tool's pose [4, 4] a step further on the straight way to a target, and its pace."""
     phase = memory.phase
-    sliding = jnp.asarray(SHUT)[setting.task] & (phase == RAISE)
+    sliding = jnp.asarray(SLIDES)[setting.task] & (phase == RAISE)
     error = pose_error(tool, target)
     way, angle = jnp.linalg.norm(error[:3]), jnp.linalg.norm(error[3:])
     fastest = jnp.where(sliding, SLIDING, jnp.asarray(SPEED)[phase])
@@ -304,8 +308,9 @@ def act(setting: Setting, state: State, memory: Memory) -> tuple[jax.Array, Memo
     change = joints - state.joints
     most = jnp.max(jnp.abs(change) / jnp.maximum(arm.speed * PART / HZ, 1e-6))
     joints = state.joints + change / jnp.maximum(most, 1.0)
-    shut = jnp.asarray(SHUT)[setting.task] | ((memory.phase >= CLOSE) & (memory.phase <= PUT))
-    return jnp.append(joints, jnp.where(shut, 0.0, 1.0)), memory._replace(pace=pace)
+    grasps = (memory.phase >= CLOSE) & (memory.phase <= PUT)
+    opening = jnp.where(jnp.asarray(SLIDES)[setting.task], jnp.asarray(SPREAD)[setting.task] / arm.stroke, jnp.where(grasps, 0.0, 1.0))
+    return jnp.append(joints, opening), memory._replace(pace=pace)
 
 
 def drifted(memory: Memory, off: jax.Array, key: jax.Array, noise: jax.Array | float) -> jax.Array:

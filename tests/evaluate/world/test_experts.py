@@ -89,4 +89,9 @@ def test_what_is_wished_can_be_done(episodes: dict) -> None:
     limits = [TABLE[name][:, None, None, None] for name in ("lower", "upper", "speed")]  # [robots, 1, 1, 1, JOINTS]
     assert np.all((wishes[..., :-1] >= limits[0] - 1e-6) & (wishes[..., :-1] <= limits[1] + 1e-6))
     assert np.all(np.abs(wishes[..., :-1] - joints) <= experts.PART * limits[2] / HZ + 1e-5)
-    assert set(np.unique(wishes[..., -1])) == {0, 1}
+    grips = wishes[..., -1]
+    assert set(np.unique(grips[:, ~experts.SLIDES])) == {0, 1}
+    # Pads that slide a cube are apart, and nearer to each other than it is broad.
+    apart = grips[:, experts.SLIDES] * TABLE["stroke"][:, None, None, None]
+    np.testing.assert_allclose(apart, np.broadcast_to(experts.SPREAD[experts.SLIDES][:, None, None], apart.shape), rtol=1e-6)
+    assert np.all((apart > 0) & (apart < 0.03))
