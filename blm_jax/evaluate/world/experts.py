@@ -11,8 +11,8 @@ differ in their tables and poses only; one program does them all, for any arm:
     push, pull     above  down    close   slide                                             (they stay in 3)
 
 Pads that slide a cube stand a little apart, and more so where they pull: it turns away from before a narrow hand that is some millimetres
-aside. A body that is lost, or slid past, is fetched from where it lies then. A peg is grasped near the end that the arm can turn up: hands that
-can look back when they are level take the near end; WidowX's, which only looks ahead, takes the far one.
+aside. A body that is lost, or slid past, is fetched from where it lies then. A peg is grasped near the end that the arm can turn up:
+hands that can look back when they are level take the near end; WidowX's, which only looks ahead, takes the far one.
 """
 
 from __future__ import annotations
