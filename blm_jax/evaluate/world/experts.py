@@ -33,10 +33,9 @@ from blm_jax.evaluate.world.tasks import LIFT, PICK, PLACE, STACK, succeeded
 ABOVE, DOWN, CLOSE, RAISE, CARRY, PUT, OPEN, LEAVE = range(8)
 PHASES = 8
 LAST = np.array([PUT, RAISE, RAISE, LEAVE, LEAVE, LEAVE])  # [tasks] the phase that a task stays in
-SLIDES = np.array([False, True, True, False, False, False])  # [tasks] a cube, and grasp none
-SPREAD = np.array(
-    [0, 0.012, 0.024, 0, 0, 0], np.float32
-)  # [tasks] metres between pads that slide it: from before narrow ones it turns away
+# [tasks] metres between the pads of a hand that slides a cube, which turns away from before narrow ones; 0 where it grasps.
+SPREAD = np.array([0, 0.012, 0.024, 0, 0, 0], np.float32)
+SLIDES = SPREAD > 0
 
 OVER = 0.06  # metres above: where a hand comes from, and a picked cube
 LOW = 0.008  # below a cube's middle, where it is slid: over it none of the hand must pass, and on the table an arm at its limit scrapes
@@ -182,6 +181,11 @@ def _of_peg(setting: Setting, state: State) -> Carriage:
     return Carriage(place, turn, put_turn, wished.at[2].set(half + CLEAR), jnp.float32(0.13), jnp.float32(0.015))
 
 
+def _spread(setting: Setting) -> jax.Array:
+    """How open the gripper is of a hand that slides a cube."""
+    return jnp.asarray(SPREAD)[setting.task] / setting.arm.stroke
+
+
 def _sliding(setting: Setting, state: State) -> tuple[jax.Array, jax.Array]:
     """Places [PHASES, 3] and turns of a hand that comes down behind a cube, or beyond it, and slides it."""
     up, at = jnp.array([0.0, 0, 1]), state.position[setting.wanted]
@@ -241,7 +245,7 @@ def _done(setting: Setting, state: State, memory: Memory, tool: jax.Array, error
     there = (jnp.linalg.norm(error[:3]) < near) & (jnp.linalg.norm(error[3:]) < turned)
     slides = jnp.asarray(SLIDES)[task]
     there = there | (slides & (phase <= DOWN) & _has_before(setting, state, memory, tool, 1.0))
-    closed = jnp.where(slides, jnp.abs(state.opening - jnp.asarray(SPREAD)[task] / setting.arm.stroke) < 0.05, state.held == setting.wanted)
+    closed = jnp.where(slides, jnp.abs(state.opening - _spread(setting)) < 0.05, state.held == setting.wanted)
     gripper = jnp.where(phase == CLOSE, closed, jnp.where(phase == OPEN, (state.held < 0) & (state.opening > 0.7), True))
     return (there & gripper) | (((phase == CLOSE) | (phase == OPEN)) & (memory.waited >= PATIENCE))
 
@@ -309,7 +313,7 @@ def act(setting: Setting, state: State, memory: Memory) -> tuple[jax.Array, Memo
     most = jnp.max(jnp.abs(change) / jnp.maximum(arm.speed * PART / HZ, 1e-6))
     joints = state.joints + change / jnp.maximum(most, 1.0)
     grasps = (memory.phase >= CLOSE) & (memory.phase <= PUT)
-    opening = jnp.where(jnp.asarray(SLIDES)[setting.task], jnp.asarray(SPREAD)[setting.task] / arm.stroke, jnp.where(grasps, 0.0, 1.0))
+    opening = jnp.where(jnp.asarray(SLIDES)[setting.task], _spread(setting), jnp.where(grasps, 0.0, 1.0))
     return jnp.append(joints, opening), memory._replace(pace=pace)
 
 
