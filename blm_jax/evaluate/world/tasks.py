@@ -41,12 +41,13 @@ PALETTE = np.array(
 CUBE = 0.02  # half a side, and the ball's radius
 PEG = (0.12, 0.025, 0.025)
 WIDOWX = 3  # of arms.ROBOTS: a short arm, with a smaller cube and a box of its own in PickCube
-BASE_X = np.array([[-0.615] * 6, [-0.522] * 6, [-0.522] * 6, [-0.615, -0.3, -0.3, -0.3, -0.3, -0.3]], np.float32)  # [robots, tasks]
+BASE_X = np.array([[-0.615] * 6, [-0.522] * 6, [-0.522] * 6, [-0.3] * 6], np.float32)  # [robots, tasks]
 
 # Boxes that middles are drawn from, by task: (x, y) of the first body, (x, y) of the other one.
 BOXES_LOW = np.array([[[-0.1, -0.1]] * 2] * 3 + [[[-0.1, -0.2]] * 2, [[-0.1, -0.1], [0, -0.1]], [[-0.1, -0.1]] * 2], np.float32)
 BOXES_HIGH = np.array([[[0.1, 0.1]] * 2] * 3 + [[[0.1, 0.2]] * 2, [[-0.05, 0.1], [0.1, 0.1]], [[0.1, 0.1]] * 2], np.float32)
-WIDOWX_PICK = (np.array([-0.3, -0.05], np.float32), np.array([-0.2, 0.05], np.float32))
+# ManiSkill has WidowX's base at -0.615 in PickCube, its box around -0.25 and a camera there: all of it 0.315 further back than here.
+WIDOWX_PICK = (np.array([0.015, -0.05], np.float32), np.array([0.115, 0.05], np.float32))
 
 TRIES = 64  # at two places far enough apart
 APART_STACKED = 2 * (2**0.5 * CUBE + 0.001)  # as ManiSkill's sampler has it

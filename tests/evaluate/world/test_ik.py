@@ -16,7 +16,7 @@ PLACES = {
     "panda": [(-0.615, ((-0.1, -0.1, 0.005), (0.1, 0.1, 0.32)))],
     "xarm6": [(-0.522, ((-0.1, -0.1, 0.005), (0.1, 0.1, 0.32)))],
     "xarm7": [(-0.522, ((-0.1, -0.1, 0.005), (0.1, 0.1, 0.32)))],
-    "widowxai": [(-0.3, FIVE), (-0.615, ((-0.3, -0.05, 0.005), (-0.2, 0.05, 0.1)))],
+    "widowxai": [(-0.3, FIVE), (-0.3, ((0.015, -0.05, 0.005), (0.115, 0.05, 0.1)))],
 }
 POSES = 500
 
@@ -51,8 +51,8 @@ def test_poses_of_the_tasks_are_reached_from_the_ready_pose(robot: str) -> None:
 
 
 def test_out_of_reach_the_place_is_kept_and_the_direction_given_up() -> None:
-    wanted = _looking_down(((-0.3, -0.05, 0.18), (-0.2, 0.05, 0.22)), np.random.default_rng(1), 0.3)
-    _, left = reach_all(3, jnp.array([-0.615, 0, 0]), wanted, 0.03)
+    wanted = _looking_down(((0.015, -0.05, 0.18), (0.115, 0.05, 0.22)), np.random.default_rng(1), 0.3)
+    _, left = reach_all(3, jnp.array([-0.3, 0, 0]), wanted, 0.03)
     assert np.max(left[:, 0]) < 0.002
     assert 0.1 < np.max(left[:, 1]) < 0.4
 

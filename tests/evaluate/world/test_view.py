@@ -59,7 +59,7 @@ def test_all_that_tasks_lay_out_is_within_the_pictures() -> None:
     def corners(x: float, y: float, z: float, at: tuple[float, float, float] = (0, 0, 0)) -> np.ndarray:
         return np.array(list(itertools.product((-x, x), (-y, y), (0, z))), np.float32) + np.array(at, np.float32)
 
-    both = [corners(0.1, 0.1, 0.32), corners(0.12, 0.23, 0.05), corners(0.05, 0.05, 0.22, (-0.25, 0, 0)), corners(0.3, 0.1, 0.04)]
+    both = [corners(0.1, 0.1, 0.32), corners(0.12, 0.23, 0.05), corners(0.05, 0.05, 0.22, (0.065, 0, 0)), corners(0.3, 0.1, 0.04)]
     stacks = {"front": corners(0.2, 0.265, 0.04), "side": corners(0.22, 0.32, 0.04)}  # the first cuts off the outermost
     for name, camera in view.CAMERAS.items():
         for points in (*both, stacks[name]):

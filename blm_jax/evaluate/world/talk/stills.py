@@ -32,7 +32,7 @@ STEP_SHARES = (0.15, 0.4, 0.15, 0.15, 0.15)  # only a hand about to grasp shows 
 
 BATCH = 96  # scenes at a time
 AREA = ((-0.18, 0.18), (-0.22, 0.22))  # x and y of what hands are brought to
-WIDE = ((-0.3, 0.18), (-0.22, 0.22))  # of loose things: WidowX picks up far ones
+WIDE = ((-0.3, 0.18), (-0.22, 0.22))  # of loose things
 MARK_HIGH = (0.03, 0.34)  # of marks in the air
 NEAR_MARK = 0.1  # from one, at most, what is carried to it, or lies by it
 MARKED = 0.3  # of loose things' marks are by one of them
