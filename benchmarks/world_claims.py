@@ -143,7 +143,7 @@ def _policy(place: Place, backbone: str, model: str, name: str, seed: int, robot
 def _new_robot(place: Place, model: str, seed: int) -> dict[str, dict[tuple[str, str, int], bool]]:
     """Its rows alone learned into a policy of the others, and a policy of its own, from the same few demonstrations."""
     few, robot = place.out / f"{seed}" / "few", f"world_{place.new}"
-    _done(place, f"{seed}/few", [*demonstrations(str(few), FEW, FEW_SEED + seed), "--robots", place.new])
+    _done(place, f"{seed}/few", [*demonstrations(str(few), (FEW,), FEW_SEED + seed), "--robots", place.new])
     sets, stats, intents = few / robot, few.with_name("few_stats.json"), few.with_name("few_intents")
     _done(place, f"{seed}/few_stats", ["data", "stats", str(sets), "--robot", robot, "--out", str(stats)])
     _featured(place, model, place.new, sets, stats, intents)

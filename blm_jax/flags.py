@@ -111,6 +111,9 @@ def _add_data_collect(parser: argparse.ArgumentParser) -> None:
     world.add_argument("out", metavar="OUT", help="a directory for a set of each robot")
     _add_cells(world)
     world.add_argument(
+        "--episodes", type=_counts, default=(50,), metavar="N", help="of each robot and task, or of each of the --tasks: 9,5,5 (50)"
+    )
+    world.add_argument(
         "--two",
         type=_share,
         nargs="?",
@@ -138,7 +141,6 @@ def _add_data_collect(parser: argparse.ArgumentParser) -> None:
 def _add_cells(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--robots", metavar="A,B", help="panda, xarm6, xarm7, widowxai (all)")
     parser.add_argument("--tasks", metavar="A,B", help="PickCube, PushCube, PullCube, StackCube, PlaceSphere, LiftPegUpright (all)")
-    parser.add_argument("--episodes", type=_at_least_one, default=50, metavar="N", help="of each robot and task (50)")
 
 
 def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
@@ -316,6 +318,7 @@ def _add_eval_questions(parser: argparse.ArgumentParser) -> None:
 def _add_eval_world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="as above; or expert, random or still, which need no weights")
     _add_cells(parser)
+    parser.add_argument("--episodes", type=_at_least_one, default=50, metavar="N", help="of each robot and task (50)")
     parser.add_argument("--two", action="store_true", help="where one cube would lie there are two, and the instruction says which")
     parser.add_argument("--blind", action="store_true", help="show black pictures: what a policy does without looking")
     parser.add_argument("--shuffled", action="store_true", help="with --two, name the other cube: what a policy does that does not read")
@@ -343,6 +346,12 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="SIZES", help="devices along each axis, such as data=2,fsdp=4,tensor=1; -1 takes what is left")
     parser.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (float32)")
     parser.add_argument("--attention", metavar="A", help="xla, splash (TPU) or cudnn (GPU), in place of what suits the platform")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers: write 50, or one for each task: 9,5,5")
+    return tuple(_at_least_one(part) for part in text.split(","))
 
 
 def _at_least_one(text: str) -> int:

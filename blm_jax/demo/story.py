@@ -10,7 +10,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Sizes:
     scenes: int = 3500  # asked about, to learn from
     tests: int = 200  # scenes that only the test asks about
     sentences: int = 1500
-    demonstrations: int = 300  # of each cell
+    demonstrations: tuple[int, ...] = (480, 210, 210)  # of each robot and task: of what is hardest most
     episodes: int = 50  # of each cell
     controls: int = 8  # of each cell, for each control
 
@@ -103,7 +103,7 @@ def _data(demo: Demo) -> dict[str, Command]:
     }
 
 
-def demonstrations(out: str, episodes: int, seed: int) -> Command:
+def demonstrations(out: str, episodes: Sequence[int], seed: int) -> Command:
     """Of all robots."""
     return [
         "data",
@@ -112,7 +112,7 @@ def demonstrations(out: str, episodes: int, seed: int) -> Command:
         out,
         *_tasks(),
         "--episodes",
-        str(episodes),
+        ",".join(map(str, episodes)),
         "--two",
         TWO,
         "--every",

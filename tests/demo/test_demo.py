@@ -12,7 +12,7 @@ from blm_jax.demo.story import Demo, Sizes
 from blm_jax.evaluate.world.talk.base import write_untrained
 from blm_jax.flags import parse
 
-SMALL = Sizes(scenes=24, tests=4, sentences=12, demonstrations=1, episodes=1, controls=1)
+SMALL = Sizes(scenes=24, tests=4, sentences=12, demonstrations=(1,), episodes=1, controls=1)
 
 
 @pytest.mark.long

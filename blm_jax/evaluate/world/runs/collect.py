@@ -51,7 +51,7 @@ class Request:
     out: str
     robots: tuple[str, ...] = ROBOTS
     tasks: tuple[str, ...] = TASKS
-    episodes: int = 50  # of each cell
+    episodes: tuple[int, ...] = (50,)  # of each cell, or of those of each task
     seed: int = 0
     noise: float = 0.005  # radians of each joint, of what is executed and not recorded
     every: int = 1  # steps from one look of the cameras to the next
@@ -61,12 +61,20 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise RequestError(f"seed is {self.seed}: it must lie between 0 and 2**32 - 1")
+        if len(self.episodes) not in (1, len(self.tasks)):
+            counts = ",".join(map(str, self.episodes))
+            raise RequestError(f"episodes are {counts}: give one number, or one for each of {', '.join(self.tasks)}")
         if not 0 <= self.noise <= MOST_NOISE:
             raise RequestError(f"noise is {self.noise}: it must lie between 0 and {MOST_NOISE} radians")
         if self.every < 1:
             raise RequestError(f"every is {self.every}: cameras look at each step (1), or at one in so many")
         if not 0 <= self.two <= 1:
             raise RequestError(f"two is {self.two}: it must lie between 0 and 1")
+
+    @property
+    def by_task(self) -> dict[str, int]:
+        """How many episodes of each robot."""
+        return dict(zip(self.tasks, self.episodes * (len(self.tasks) // len(self.episodes)), strict=True))
 
 
 class Attempt(NamedTuple):
@@ -85,7 +93,7 @@ def collect(request: Request) -> dict[str, Any]:
         raise RequestError("demonstrations are collected by one process: leave out --processes")
     robots = load_robots()
     told: dict[str, Any] = {**asdict(request), "sets": {}, "yield": []}
-    size = EPISODE_BYTES * request.episodes * len(request.robots) * len(request.tasks)
+    size = EPISODE_BYTES * sum(request.by_task.values()) * len(request.robots)
     with Output(open_path(request.out), size, Team()) as output:
         runner = _Runner(request)
         for name in request.robots:
@@ -100,14 +108,15 @@ def collect(request: Request) -> dict[str, Any]:
 
 def _collect_cell(request: Request, runner: _Runner, robot: Robot, name: str, task: str, recorder: Recorder) -> dict[str, Any]:
     kept = attempts = steps = 0
-    with tqdm(total=request.episodes, unit=" episodes", desc=f"{name} {task}", disable=None) as bar:
-        while kept < request.episodes:
-            if attempts >= TRIES * request.episodes + ROWS:
-                raise RunError(f"{name}, {task}: {kept} of {attempts} attempts succeeded, too few for {request.episodes} episodes")
+    wanted = request.by_task[task]
+    with tqdm(total=wanted, unit=" episodes", desc=f"{name} {task}", disable=None) as bar:
+        while kept < wanted:
+            if attempts >= TRIES * wanted + ROWS:
+                raise RunError(f"{name}, {task}: {kept} of {attempts} attempts succeeded, too few for {wanted} episodes")
             tried = list(runner.attempts(name, task, attempts))
-            good = [(number, attempt) for number, attempt in enumerate(tried, 1) if attempt is not None][: request.episodes - kept]
+            good = [(number, attempt) for number, attempt in enumerate(tried, 1) if attempt is not None][: wanted - kept]
             kept += len(good)
-            attempts += len(tried) if kept < request.episodes else good[-1][0]
+            attempts += len(tried) if kept < wanted else good[-1][0]
             for recording in recordings_of([attempt for _, attempt in good], robot, request.every) if good else ():
                 recorder.add(recording)
                 steps += len(recording.action)
@@ -122,7 +131,7 @@ class _Runner:
         self.request, self.driver = request, rollout.Jolted(request.noise)
         self.mesh = meshes.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
         self.turn = rollout.make_turn(self.driver, self.mesh, AT_ONCE)
-        self.rows = min(ROWS, -(-request.episodes // AT_ONCE) * AT_ONCE)
+        self.rows = min(ROWS, -(-max(request.episodes) // AT_ONCE) * AT_ONCE)
 
     def attempts(self, name: str, task: str, first: int) -> Iterator[Attempt | None]:
         """Of numbers from `first` on; None if one has failed."""

@@ -117,6 +117,14 @@ def test_so_many_have_two_cubes(share: float) -> None:
     assert share == 0 or 0.2 < np.asarray(settings.wanted)[np.tile(two, 3)].mean() < 0.8
 
 
+def test_tasks_may_have_numbers_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--robots", ROBOT, "--tasks", "PullCube,PushCube", "--episodes", "1,2", "--every", "8", "--json"]
+    assert main(["data", "collect", "world", str(tmp_path / "sets"), *flags]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(cell["task"], cell["episodes"]) for cell in told["yield"]] == [("PullCube", 1), ("PushCube", 2)]
+    assert open_set(told["sets"][f"world_{ROBOT}"]).count == 3
+
+
 def test_demonstrations_are_no_evaluations() -> None:
     episodes = cells.episodes_of(ROBOTS, tasks.TASKS, 1)
     one, other = (cells.begin(np.uint32(0), *episodes, kind=kind, two=False)[1] for kind in (cells.DEMONSTRATION, cells.EVALUATION))
@@ -131,6 +139,9 @@ def test_demonstrations_are_no_evaluations() -> None:
         (["--seed", "-1"], "seed is -1: it must lie between"),
         (["--two", "half"], "'half' is no share: write 1% or 0.01"),
         (["--every", "0"], "--every"),
+        (["--episodes", "many"], "'many' are no numbers: write 50, or one for each task: 9,5,5"),
+        (["--episodes", "2,0"], "0 is not at least 1"),
+        (["--tasks", "PickCube,PushCube", "--episodes", "1,2,3"], "give one number, or one for each of PickCube, PushCube"),
         (["--robots", "pandas"], "did you mean panda?"),
     ],
 )
