@@ -41,12 +41,12 @@ PALETTE = np.array(
 CUBE = 0.02  # half a side, and the ball's radius
 PEG = (0.12, 0.025, 0.025)
 WIDOWX = 3  # of arms.ROBOTS: a short arm, with a smaller cube and a box of its own in PickCube
-BASE_X = np.array([[-0.615] * 6, [-0.522] * 6, [-0.522] * 6, [-0.3] * 6], np.float32)  # [robots, tasks]
+BASE_X = np.array([-0.615, -0.522, -0.522, -0.3], np.float32)  # [robots]
 
 # Boxes that middles are drawn from, by task: (x, y) of the first body, (x, y) of the other one.
 BOXES_LOW = np.array([[[-0.1, -0.1]] * 2] * 3 + [[[-0.1, -0.2]] * 2, [[-0.1, -0.1], [0, -0.1]], [[-0.1, -0.1]] * 2], np.float32)
 BOXES_HIGH = np.array([[[0.1, 0.1]] * 2] * 3 + [[[0.1, 0.2]] * 2, [[-0.05, 0.1], [0.1, 0.1]], [[0.1, 0.1]] * 2], np.float32)
-# ManiSkill has WidowX's base at -0.615 in PickCube, its box around -0.25 and a camera there: all of it 0.315 further back than here.
+# In PickCube, ManiSkill has WidowX's base at -0.615 and its box around -0.25: both 0.315 further back, before a camera of their own.
 WIDOWX_PICK = (np.array([0.015, -0.05], np.float32), np.array([0.115, 0.05], np.float32))
 
 TRIES = 64  # at two places far enough apart
@@ -89,7 +89,7 @@ def reset(key: jax.Array, robot: jax.Array | int, task: jax.Array | int, other: 
     tint = jax.random.permutation(colours, jnp.asarray(PALETTE))[:BODIES]
     setting = Setting(
         arm=arm,
-        base=jnp.stack([jnp.asarray(BASE_X)[robot, task], jnp.float32(0), jnp.float32(0)]),
+        base=jnp.stack([jnp.asarray(BASE_X)[robot], jnp.float32(0), jnp.float32(0)]),
         task=task,
         kind=kind,
         half=half,

@@ -87,7 +87,7 @@ WILD = 64
 def wild(number: int) -> Scene:
     """A hand that darts about at full speed, low over two cubes or a peg and a cube."""
     rng = np.random.default_rng(number)
-    base = float(tasks.BASE_X[number % 4, 1])
+    base = float(tasks.BASE_X[number % 4])
     middle = base + (0.42 if number % 4 == 3 else 0.55)
     first = Body(
         BOX,

@@ -43,7 +43,7 @@ def test_bodies_begin_in_maniskills_boxes(begun: dict) -> None:
         within(at[setting.task == task, 0, :2], [-0.1, -0.1], [0.1, 0.1])
     small = robots == WIDOWX
     within(at[(setting.task == PICK) & ~small, 0, :2], [-0.1, -0.1], [0.1, 0.1])
-    moved = np.array([0.315, 0, 0])  # from ManiSkill's base, box and camera of this cell
+    moved = np.array([0.315, 0, 0])  # from ManiSkill's base and box of this cell
     within(at[(setting.task == PICK) & small, 0, :2] - moved[:2], [-0.3, -0.05], [-0.2, 0.05])
     within(setting.goal[(setting.task == PICK) & ~small], [-0.1, -0.1, 0.02], [0.1, 0.1, 0.32])
     within(setting.goal[(setting.task == PICK) & small] - moved, [-0.3, -0.05, 0.018], [-0.2, 0.05, 0.218])
@@ -180,4 +180,5 @@ def test_lifted(end: int) -> None:
 
 
 def test_all_tasks_have_words_and_limits() -> None:
-    assert len(TASKS) == len(tasks.WORDINGS) == len(tasks.LIMITS) == tasks.BASE_X.shape[1]
+    assert len(TASKS) == len(tasks.WORDINGS) == len(tasks.LIMITS) == len(tasks.BOXES_LOW)
+    assert len(ROBOTS) == len(tasks.BASE_X)

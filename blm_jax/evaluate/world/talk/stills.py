@@ -444,8 +444,8 @@ class _Draft:
         self.extras = self.extras._replace(has_pose=np.array(True), pose=pose)
 
     def _base(self) -> np.ndarray:
-        """Where the arm stands in tasks whose things lie in the middle."""
-        return np.array([tasks.BASE_X[self.robot or 0, tasks.PUSH], 0, 0], np.float32)
+        """Where the arm stands."""
+        return np.array([tasks.BASE_X[self.robot or 0], 0, 0], np.float32)
 
     def _joints(self, noise: float) -> np.ndarray:
         arm = self.setting.arm
